@@ -1,0 +1,133 @@
+"""The few things that every script needs once: one-line errors, atomic writes, checksums, locks.
+
+A user's mistake is a `UserError`: one line on stderr that says what to do, exit status 2. Anything
+else that goes wrong is our bug and keeps its traceback.
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import sys
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows has no flock: there, two processes in one folder are not noticed
+    fcntl = None
+
+
+class UserError(Exception):
+    """Something that the user can put right. Its text is the one line that they will read."""
+
+
+def run_script(main):
+    """Call main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted: nothing that was finished is lost", file=sys.stderr)
+        sys.exit(130)
+
+
+def sha256_file(path):
+    """The sha256 of a file's bytes as 64 hex digits, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def write_atomic(path, data):
+    """Write bytes so that `path` holds the old content or all of the new, also after a crash.
+
+    Temporary file, flush to the disk, rename: the order matters, a rename that reaches the disk
+    before the data does would leave an empty file behind a power cut.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; what was there is unchanged")
+
+
+def write_json(path, value):
+    write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def read_json(path):
+    """The JSON object in `path`. UserError if it is missing, unreadable or not an object."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
+        raise UserError(f"{path} is damaged: {error}")
+    if not isinstance(value, dict):
+        raise UserError(f"{path} is damaged: a JSON object was expected")
+    return value
+
+
+def save_tensors(path, value):
+    """torch.save with a checksum in the file itself, written atomically.
+
+    A .pt file is a zip archive, and a zip archive may end in a comment. Ours is the sha256 of all
+    bytes before it, so plain `torch.load(path, weights_only=True)` still opens the file, and
+    load_tensors can tell a flipped bit, which torch.load would pass over in silence.
+    """
+    import torch
+
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    data = bytearray(buffer.getvalue())
+    assert data[-2:] == b"\0\0", "a zip archive without a comment ends in its length, 0"
+    data[-2:] = (64).to_bytes(2, "little")
+    write_atomic(path, bytes(data) + hashlib.sha256(data).hexdigest().encode())
+
+
+def load_tensors(path):
+    """What save_tensors wrote. UserError if missing or damaged; runs no code from the file."""
+    import torch
+
+    try:
+        data = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
+        raise UserError(f"{path} is damaged: its bytes do not have the checksum they carry")
+    try:  # what a stranger made may have a right checksum; torch then fails in many ways
+        if not data.startswith(b"PK"):
+            raise ValueError("not a zip archive")
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
+    except (pickle.UnpicklingError, RuntimeError, ValueError, LookupError, TypeError, EOFError,
+            AttributeError, OSError) as error:
+        raise UserError(f"{path} is not one of our files: {str(error)[:120]}")
+
+
+def lock_folder(folder):
+    """Hold `folder` for this process until it ends, however it ends. UserError if another holds it.
+
+    The kernel drops a flock when its process dies, so a lock never outlives its owner. Keep the
+    returned file object alive: closing it gives the folder back.
+    """
+    try:
+        handle = open(Path(folder) / ".lock", "w")
+    except OSError as error:
+        raise UserError(f"cannot write in {folder}: {error.strerror}")
+    if fcntl:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
+    return handle
