@@ -1,0 +1,280 @@
+"""BERT, by hand: embeddings, post-LN transformer blocks, and the masked-language-model head.
+
+Two things differ from the textbook, and both are exact:
+
+1. Only masked positions are predicted, so the last block computes queries, attention output and
+   feed-forward at those k positions alone, and the head (the most expensive matrix of a small
+   model) runs on them alone. Keys and values of the last block still come from every position.
+2. Positions are rotary (RoFormer, Su et al. 2021, arXiv 2104.09864) with a *local start* by
+   default: an initialisation that lets a small model leave the unigram plateau. `learned` is BERT
+   as published. README, "Leaving the plateau", has the measurements.
+
+    python model.py                     # the sizes, their parameters and FLOPs per token
+    model, tokenizer = load("runs/self-0")
+    fill_mask(model, tokenizer, "The [MASK] returns a tensor.")
+
+Shapes: B rows, T tokens a row, k masked positions a row, d width, h heads, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from data.files import UserError, load_tensors, read_json, run_script
+from data.tokenizer import CLS, MASK, SEP, Tokenizer
+
+# The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width. A head is always 64 wide.
+SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512),
+         "base": (12, 768)}
+HEAD_WIDTH = 64
+
+
+@dataclass(frozen=True)
+class Shape:
+    """All that decides the model's tensors and their initial values. Saved with the weights."""
+
+    vocab_size: int
+    layers: int = 2
+    width: int = 128
+    seq_len: int = 128  # the longest row
+    positions: str = "rotary"  # or "learned"
+    rotary_base: float = 100.0  # small: the slowest plane turns once in ~550 tokens
+    local_start: float = 1.0  # initial query and key bias; 0 is off
+    init_std: float = 0.05  # BERT: 0.02
+    dropout: float = 0.1
+
+    @property
+    def heads(self):
+        return self.width // HEAD_WIDTH
+
+
+def pick(x, positions):
+    """x (B, T, d), positions (B, k) -> x at those positions (B, k, d)."""
+    return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
+
+
+def rotate(x, cos, sin):
+    """Turn the pairs (x_i, x_{i + D/2}) of every head vector by its position's angles.
+
+    x (B, h, n, D); cos, sin broadcast to (B, 1, n, D / 2). The dot product of a rotated query and
+    a rotated key depends on the distance between them alone.
+    """
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+class Attention(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        self.shape = shape
+        self.qkv = nn.Linear(shape.width, 3 * shape.width)
+        self.out = nn.Linear(shape.width, shape.width)
+
+    def forward(self, x, x_query, positions, rotary, attend):
+        """x (B, T, d) gives keys and values; x_query (B, n, d), its rows at `positions` (B, n),
+        gives queries (positions None: all of them, n = T). -> (B, n, d)"""
+        d, h = self.shape.width, self.shape.heads
+        if positions is None:
+            q, k, v = self.qkv(x).chunk(3, dim=-1)
+        else:
+            weight, bias = self.qkv.weight, self.qkv.bias
+            q = F.linear(x_query, weight[:d], bias[:d])
+            k, v = F.linear(x, weight[d:], bias[d:]).chunk(2, dim=-1)
+        q, k, v = (t.unflatten(-1, (h, HEAD_WIDTH)).transpose(1, 2) for t in (q, k, v))
+        if rotary is not None:
+            cos, sin = rotary  # (T, D / 2) each
+            k = rotate(k, cos, sin)
+            if positions is not None:
+                cos, sin = cos[positions][:, None], sin[positions][:, None]  # (B, 1, k, D / 2)
+            q = rotate(q, cos, sin)
+        # SDPA does not look at .train() / .eval(): its dropout must be switched off by hand.
+        dropout = self.shape.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        return self.out(y.transpose(1, 2).flatten(-2))
+
+
+class Block(nn.Module):
+    """Post-LN, as in BERT: x = LN(x + f(x)) around attention and around the feed-forward."""
+
+    def __init__(self, shape):
+        super().__init__()
+        self.attention = Attention(shape)
+        self.norm1 = nn.LayerNorm(shape.width)
+        self.up = nn.Linear(shape.width, 4 * shape.width)
+        self.down = nn.Linear(4 * shape.width, shape.width)
+        self.norm2 = nn.LayerNorm(shape.width)
+        self.dropout = nn.Dropout(shape.dropout)
+
+    def forward(self, x, positions, rotary, attend):
+        """x (B, T, d) -> (B, T, d), or (B, k, d) where only `positions` (B, k) are wanted."""
+        x_query = x if positions is None else pick(x, positions)
+        y = self.attention(x, x_query, positions, rotary, attend)
+        x = self.norm1(x_query + self.dropout(y))
+        return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
+
+
+class Bert(nn.Module):
+    def __init__(self, shape):
+        super().__init__()
+        if shape.width % HEAD_WIDTH or shape.width < HEAD_WIDTH or shape.layers < 1:
+            raise UserError(f"the width must be a multiple of {HEAD_WIDTH} and there must be a "
+                            f"layer: not {shape.layers} layers of width {shape.width}")
+        self.shape = shape
+        d = shape.width
+        self.token_embedding = nn.Embedding(shape.vocab_size, d)
+        self.type_embedding = nn.Embedding(2, d)
+        self.rotary = shape.positions == "rotary"
+        if self.rotary:
+            # Angle of plane i at position t: t * base^(-2i / D). Tables are made once.
+            i = torch.arange(HEAD_WIDTH // 2)
+            angles = torch.outer(torch.arange(shape.seq_len),
+                                 shape.rotary_base ** (-2 * i / HEAD_WIDTH))
+            self.register_buffer("cos", angles.cos(), persistent=False)  # (T, D / 2)
+            self.register_buffer("sin", angles.sin(), persistent=False)
+        else:
+            self.position_embedding = nn.Embedding(shape.seq_len, d)
+        self.norm = nn.LayerNorm(d)
+        self.dropout = nn.Dropout(shape.dropout)
+        self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
+        # The MLM head: dense + GELU + LayerNorm, then the token embedding again (tied), one bias.
+        self.head_dense = nn.Linear(d, d)
+        self.head_norm = nn.LayerNorm(d)
+        self.head_bias = nn.Parameter(torch.zeros(shape.vocab_size))
+        self.apply(self._init_weights)
+        if self.rotary and shape.local_start:
+            # With q = k = bias + small, the attention logit between two places begins as
+            # sum_i cos(theta_i * distance): a bump around distance 0. Every token starts by
+            # attending to its neighbours instead of having to discover that they matter.
+            for block in self.blocks:
+                nn.init.constant_(block.attention.qkv.bias[: 2 * d], shape.local_start)
+
+    def _init_weights(self, module):
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            std = self.shape.init_std  # truncated at two standard deviations, as Google's BERT
+            nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+
+    def encode(self, tokens, positions=None, types=None, attend=None):
+        """Hidden states of the last block.
+
+        tokens     (B, T) ids, T at most shape.seq_len
+        positions  (B, k) the places wanted, or None for all
+        types      (B, T) token types, or None for all 0
+        attend     (B, T) True at real tokens, False at padding; None: there is no padding.
+                   Every row must have a real token.
+        -> (B, k, d) or (B, T, d)
+        """
+        T = tokens.shape[1]
+        assert T <= self.shape.seq_len, f"{T} tokens in a model made for {self.shape.seq_len}"
+        x = self.token_embedding(tokens)
+        x = x + (self.type_embedding.weight[0] if types is None else self.type_embedding(types))
+        if not self.rotary:
+            x = x + self.position_embedding.weight[:T]
+        x = self.dropout(self.norm(x))
+        rotary = (self.cos[:T], self.sin[:T]) if self.rotary else None
+        attend = None if attend is None else attend[:, None, None, :]  # (B, 1, 1, T)
+        for block in self.blocks[:-1]:
+            x = block(x, None, rotary, attend)
+        return self.blocks[-1](x, positions, rotary, attend)
+
+    def logits(self, hidden):
+        """Hidden states (..., d) -> logits over the vocabulary (..., V)."""
+        x = self.head_norm(F.gelu(self.head_dense(hidden)))
+        return F.linear(x, self.token_embedding.weight, self.head_bias)
+
+    def forward(self, tokens, positions=None, types=None, attend=None):
+        """Logits (B, k, V) at `positions`, or (B, T, V). Arguments as for encode."""
+        return self.logits(self.encode(tokens, positions, types, attend))
+
+
+def forward_flops(shape, T, k):
+    """Matrix-multiply FLOPs of one forward over a row of T tokens of which k are predicted.
+
+    A product (a, b) @ (b, c) is 2abc. For width d, a dense block does, per token: q, k, v 6d^2,
+    output 2d^2, feed-forward 16d^2, together 24d^2; and attention QK' and PV, 2Td each.
+    The last block does keys and values (4d^2) for T tokens, the rest (20d^2 + 4Td) for k only.
+    The head is 2d^2 + 2dV for k tokens. Backward costs twice the forward (a gradient for each of
+    the two factors of every product), so a training step is 3 of these. Embedding look-ups,
+    LayerNorm, GELU, softmax and the optimiser are not matrix products and are not counted.
+    """
+    d, V = shape.width, shape.vocab_size
+    dense = (shape.layers - 1) * T * (24 * d**2 + 4 * T * d)
+    last = T * 4 * d**2 + k * (20 * d**2 + 4 * T * d)
+    head = k * (2 * d**2 + 2 * d * V)
+    return dense + last + head
+
+
+def read_model(path):
+    """A model.pt (what train.py writes at the end) -> a Bert in eval mode on the CPU."""
+    saved = load_tensors(path)
+    try:
+        model = Bert(Shape(**saved["shape"]))
+        model.load_state_dict(saved["model"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise UserError(f"{path} holds no model of this project: {str(error).splitlines()[0]}")
+    return model.eval()
+
+
+def copy_weights(model, teacher):
+    """Start `model` from a teacher of the same width: embeddings, head and blocks; every second
+    block where the teacher is deeper (as DistilBERT does, Sanh et al. 2019). UserError on a misfit.
+    """
+    ours, theirs = model.shape, teacher.shape
+    stride = 2 if theirs.layers > ours.layers else 1
+    same = all(getattr(ours, name) == getattr(theirs, name)
+               for name in ("vocab_size", "width", "positions", "seq_len"))
+    if not same or (ours.layers - 1) * stride >= theirs.layers:
+        raise UserError("--init-from-teacher needs a teacher of the same width, positions and "
+                        "--seq-len, with as many layers or about twice as many")
+    state = teacher.state_dict()
+    for name in model.state_dict():
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            state[name] = teacher.state_dict()[f"blocks.{int(i) * stride}.{rest}"]
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+def load(run):
+    """A finished run folder -> (Bert in eval mode, its Tokenizer). UserError if it is not one."""
+    run = Path(run)
+    if not (run / "config.json").is_file():
+        raise UserError(f"{run} is not a run folder: make one with  python train.py --out {run}")
+    if not (run / "model.pt").is_file():
+        raise UserError(f"{run} is not finished: continue with  python train.py --resume {run}")
+    config = read_json(run / "config.json")
+    tokenizer = Tokenizer(run / "tokenizer.model", config.get("tokenizer_sha256", ""))
+    return read_model(run / "model.pt"), tokenizer
+
+
+@torch.inference_mode()
+def fill_mask(model, tokenizer, text, best=5):
+    """The `best` guesses for every [MASK] in `text`: a list, per mask, of (piece, probability)."""
+    ids = [CLS, *tokenizer.encode_with_masks(text), SEP]
+    if len(ids) > model.shape.seq_len:
+        raise UserError(f"the text has {len(ids)} tokens: this model reads {model.shape.seq_len}")
+    positions = [i for i, token in enumerate(ids) if token == MASK]
+    if not positions:
+        raise UserError('there is no [MASK] in the text, for example "The [MASK] is open."')
+    logits = model(torch.tensor([ids]), torch.tensor([positions]))[0]  # (masks, V)
+    top = logits.float().softmax(-1).topk(best)
+    return [[(tokenizer.pieces[i], p) for i, p in zip(row_ids, row_p)]
+            for row_ids, row_p in zip(top.indices.tolist(), top.values.tolist())]
+
+
+def main():
+    print("size     layers  width  parameters  MFLOP per token and training step (T 128, 15 %)")
+    for name, (layers, width) in SIZES.items():
+        shape = Shape(vocab_size=8192, layers=layers, width=width)
+        with torch.device("meta"):  # shapes without memory
+            parameters = sum(p.numel() for p in Bert(shape).parameters())
+        flops = 3 * forward_flops(shape, 128, 19) / 128
+        print(f"{name:8} {layers:6} {width:6} {parameters / 1e6:9.1f}M {flops / 1e6:12.1f}")
+    print("with the 8192 pieces of the default vocabulary; train.py --size NAME picks one")
+
+
+if __name__ == "__main__":
+    run_script(main)
