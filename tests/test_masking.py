@@ -1,0 +1,288 @@
+"""Where to mask and what to put there.   python -m pytest tests/test_masking.py -q"""
+
+import numpy as np
+import pytest
+import torch
+
+import masking as M
+from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from model import Bert, Shape
+
+V, T = 300, 34
+
+
+def rows_of(n, length=T, seed=0, separators=0):
+    """(n, length) tokens between [CLS] and [SEP], some [SEP]s inside."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(N_SPECIAL, V, (n, length), generator=generator)
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    for _ in range(separators):
+        tokens[torch.arange(n), torch.randint(1, length - 1, (n,), generator=generator)] = SEP
+    return tokens
+
+
+def noise_of(n, length=T, step=0):
+    return {p: M.draw(7, step, p, n, length) for p in (M.POOL, M.SELECT, M.HALF)}
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return Bert(Shape(**{"vocab_size": V, "layers": 2, "width": 64, "seq_len": T, **changes}))
+
+
+def table(H):
+    """A score function that reads entropies off a (B, T) table."""
+    return lambda tokens, candidates: H.gather(1, candidates)
+
+
+# ---- random numbers
+
+
+def test_draws_are_a_function_of_seed_step_purpose_and_row():
+    a = M.draw(1, 5, M.POOL, 8, 10)
+    assert torch.equal(a, M.draw(1, 5, M.POOL, 8, 10))
+    assert torch.equal(a[:3], M.draw(1, 5, M.POOL, 3, 10))  # a row does not know how many there are
+    for other in ((2, 5, M.POOL), (1, 6, M.POOL), (1, 5, M.SELECT)):
+        assert not torch.equal(a, M.draw(*other, 8, 10))
+    assert a.min() >= 0 and a.max() < 1
+
+
+# ---- entropy
+
+
+def test_entropy_equals_float64():
+    logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0)) * 6
+    p = logits.double().softmax(-1).numpy()
+    assert np.allclose(M.entropy(logits).numpy(), -(p * np.log(p)).sum(-1), atol=1e-5)
+
+
+def test_entropy_of_uniform_and_of_certain():
+    assert M.entropy(torch.full((1, V), 3.0)).item() == pytest.approx(np.log(V), abs=1e-5)
+    certain = torch.full((1, V), -1e4)
+    certain[0, 7] = 1e4
+    assert M.entropy(certain).item() == 0
+    nearly = torch.full((4, V), -20.0)
+    nearly[:, 3] = torch.tensor([0.0, 1.0, 2.0, 3.0])
+    assert (M.entropy(nearly) >= 0).all()
+    assert M.entropy(torch.randn(2, 3, V).bfloat16()).dtype == torch.float32
+
+
+def test_entropy_at_equals_dense_and_leaves_no_trace(monkeypatch):
+    monkeypatch.setattr(M, "CHUNK", 3 * V)  # three rows at once: the chunks must fit together
+    model, tokens = small_model().train(), rows_of(4)
+    where = torch.arange(1, 8).expand(4, 7)
+    model(tokens).sum().backward()
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    H = M.entropy_at(model, tokens, where)
+    assert model.training and not H.requires_grad and not H.is_inference()
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+    for p, g in zip((p for p in model.parameters() if p.grad is not None), gradients):
+        assert torch.equal(p.grad, g)
+    with torch.no_grad():
+        p = model.eval()(tokens).gather(1, where[..., None].expand(-1, -1, V)).double().softmax(-1)
+    assert torch.allclose(H.double(), -(p * p.log()).sum(-1), atol=1e-5)
+
+
+# ---- what the scoring model reads
+
+
+def test_masked_score_does_not_see_the_token_and_clear_does():
+    model, tokens = small_model(), rows_of(2)
+    candidates = torch.tensor([[3, 9, 20], [1, 2, 30]])
+    other = tokens.scatter(1, candidates, 250)
+    assert torch.equal(M.masked_entropy(model, tokens, candidates),
+                       M.masked_entropy(model, other, candidates))
+    assert not torch.allclose(M.clear_entropy(model, tokens, candidates),
+                              M.clear_entropy(model, other, candidates))
+    assert tokens[0, 3] != MASK  # the batch itself is not changed
+
+
+def test_type_entropy_is_a_running_mean():
+    types = M.TypeEntropy(V)
+    assert types(torch.tensor([[0, 9]]), torch.tensor([[1]])).item() == pytest.approx(np.log(V))
+    ones = torch.ones(3)
+    shown = torch.tensor([1.0, 1.0, 0.0])
+    types.update(torch.tensor([9, 9, 8]), torch.tensor([2.0, 4.0, 5.0]), shown)
+    assert types.mean[9].item() == pytest.approx(3.0)  # the first sightings replace ln V
+    assert types.mean[8].item() == pytest.approx(np.log(V))  # not shown as [MASK]: does not count
+    types.update(torch.tensor([9, 7, 7]), torch.tensor([6.0, 1.0, 1.0]), ones)
+    assert types.mean[9].item() == pytest.approx(4.0)  # (2 + 4 + 6) / 3
+    assert types.mean[7].item() == pytest.approx(1.0)
+    for _ in range(1000):  # and later ones are forgotten
+        types.update(torch.tensor([9]), torch.tensor([0.5]), torch.ones(1))
+    assert types.mean[9].item() == pytest.approx(0.5, abs=1e-3)
+
+
+# ---- scores -> positions
+
+
+def test_rules_on_a_hand_made_table():
+    """One row, ten maskable tokens, k = 4, every token a candidate."""
+    tokens = rows_of(1, 12)
+    H = torch.tensor([[9.0, 0.1, 5.0, 4.0, 0.3, 2.0, 7.0, 3.0, 0.2, 6.0, 1.0, 9.0]])
+    noise = noise_of(1, 12)
+
+    def chosen(rule):
+        return M.choose(tokens, 4, table(H), rule, 0, noise)[0].tolist()
+
+    assert chosen("high") == [2, 3, 6, 9]  # 5, 4, 7, 6; the 9s stand on [CLS] and [SEP]
+    assert chosen("low") == [1, 4, 8, 10]
+    assert chosen("mid") == [3, 5, 7, 10]  # the median of the ten is 2.5: 2, 3, then 1 and 4
+    mix = chosen("mix")
+    assert {6, 9} <= set(mix) and len(set(mix)) == 4 and set(mix) <= set(range(1, 11))
+
+
+def test_the_pool_bounds_what_can_be_chosen():
+    tokens, H = rows_of(200), torch.rand(200, T)
+    noise = noise_of(200)
+    candidates = M.top_k(torch.zeros(200, T).masked_fill(tokens < N_SPECIAL, -torch.inf), 10,
+                         noise[M.POOL])
+    positions = M.choose(tokens, 5, table(H), "high", 2, noise)
+    best = candidates.gather(1, H.gather(1, candidates).topk(5).indices).sort(1).values
+    assert torch.equal(positions, best)
+
+
+def test_sample_draws_in_proportion_to_entropy():
+    """k = 1: the share of every token is H / sum H."""
+    n = 40_000
+    H = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 0.0]).expand(n, 6)
+    tokens = rows_of(n, 6)
+    positions = M.choose(tokens, 1, table(H), "sample", 0, noise_of(n, 6))
+    shares = torch.bincount(positions.flatten(), minlength=6) / n
+    assert torch.allclose(shares, torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0]), atol=0.01)
+
+
+def test_sample_and_high_still_fill_k_when_entropies_are_zero():
+    tokens = rows_of(3)
+    for rule in ("sample", "high", "low", "mid", "mix"):
+        positions = M.choose(tokens, 9, table(torch.zeros(3, T)), rule, 0, noise_of(3))
+        assert all(len(set(row)) == 9 for row in positions.tolist())
+
+
+def test_mix_is_half_entropy_half_uniform():
+    n, k = 20_000, 6
+    tokens = rows_of(n, 22)
+    H = torch.zeros(n, 22)
+    H[:, 1:4] = 5.0  # the three highest are always these
+    positions = M.choose(tokens, k, table(H), "mix", 0, noise_of(n, 22))
+    shares = torch.bincount(positions.flatten(), minlength=22) / n
+    assert torch.equal(shares[1:4], torch.ones(3))
+    # The other three come uniformly from the seventeen that are left.
+    assert torch.allclose(shares[4:21], torch.full((17,), 3 / 17), atol=0.012)
+
+
+def test_ties_are_broken_at_random_not_by_position():
+    n = 20_000
+    tokens = rows_of(n, 22)
+    for score in (None, table(torch.ones(n, 22))):
+        positions = M.choose(tokens, 5, score, "high", 0, noise_of(n, 22))
+        shares = torch.bincount(positions.flatten(), minlength=22) / n
+        assert torch.allclose(shares[1:21], torch.full((20,), 0.25), atol=0.015)
+        neighbours = (positions.diff(dim=1) == 1).float().sum(1).mean().item()
+        assert neighbours == pytest.approx(4 * 5 / 20, abs=0.04)  # k (k - 1) / n for random sets
+
+
+@pytest.mark.parametrize("rule", ["random", "high", "low", "mid", "sample", "mix"])
+@pytest.mark.parametrize("pool", [2, 0])
+def test_every_strategy_masks_exactly_k_and_never_a_special_token(rule, pool):
+    tokens = rows_of(100, separators=2)
+    before = tokens.clone()
+    H = torch.rand(100, T)
+    score = None if rule == "random" else table(H)
+    positions = M.choose(tokens, 8, score, rule, pool, noise_of(100))
+    assert positions.shape == (100, 8)
+    assert (positions.diff(dim=1) > 0).all()  # ascending, so all different
+    assert (tokens.gather(1, positions) >= N_SPECIAL).all()
+    assert torch.equal(tokens, before)
+    again = M.choose(tokens, 8, score, rule, pool, noise_of(100))
+    assert torch.equal(positions, again)
+    other = M.choose(tokens, 8, score, rule, pool, noise_of(100, step=1))
+    assert torch.equal(positions, other) == (pool == 0 and rule in ("high", "low", "mid"))
+
+
+def test_mid_uses_the_row_median_of_real_tokens():
+    """float64 numpy on random tables, with [SEP]s inside the row."""
+    tokens = rows_of(50, separators=3)
+    H = torch.rand(50, T, generator=torch.Generator().manual_seed(1))
+    positions = M.choose(tokens, 6, table(H), "mid", 0, noise_of(50))
+    for row in range(50):
+        real = np.flatnonzero(tokens[row].numpy() >= N_SPECIAL)
+        h = H[row, real].double().numpy()
+        nearest = real[np.argsort(np.abs(h - np.median(h)))[:6]]
+        assert sorted(nearest) == positions[row].tolist()
+
+
+def test_self_masking_agrees_with_a_plain_loop():
+    """Scores of a real model, row by row and token by token, in float64."""
+    model, tokens = small_model().eval(), rows_of(5, separators=1)
+    noise = noise_of(5)
+    positions = M.choose(tokens, 4, lambda t, c: M.masked_entropy(model, t, c), "high", 2, noise)
+    model.double()
+    for row in range(5):
+        real = [t for t in range(T) if tokens[row, t] >= N_SPECIAL]
+        pool = sorted(real, key=lambda t: noise[M.POOL][row, t])[:8]
+        masked = tokens[row].clone()
+        masked[pool] = MASK
+        with torch.no_grad():
+            p = model(masked[None])[0].softmax(-1)
+        H = -(p * p.log()).sum(-1)
+        assert sorted(sorted(pool, key=lambda t: -H[t])[:4]) == positions[row].tolist()
+
+
+# ---- what to put there
+
+
+def test_replacement_is_80_10_10_from_one_draw():
+    n, k = 3000, 34
+    tokens = rows_of(n, 100)
+    positions = M.choose(tokens, k, None, None, 0, noise_of(n, 100))
+    before = tokens.clone()
+    new = M.replace(tokens, positions, M.draw(0, 0, M.REPLACE, n, 2 * k).view(n, k, 2), V)
+    assert torch.equal(tokens, before)
+    at, was = new.gather(1, positions), tokens.gather(1, positions)
+    masks, same = (at == MASK).float().mean().item(), (at == was).float().mean().item()
+    assert masks == pytest.approx(0.8, abs=0.005)
+    assert same == pytest.approx(0.1 + 0.1 / (V - N_SPECIAL), abs=0.004)
+    other = at[(at != MASK) & (at != was)]
+    assert other.min() == N_SPECIAL and other.max() == V - 1  # never special, all of the others
+    untouched = torch.ones_like(tokens, dtype=torch.bool).scatter(1, positions, False)
+    assert torch.equal(new[untouched], tokens[untouched])
+
+
+def test_mask_count_and_rate():
+    assert M.mask_count(0.15, 128) == 19  # 18.9
+    assert M.mask_count(0.15, 16) == 2 and M.mask_count(0.001, 16) == 1
+    assert [M.mask_rate_at(x, 0.3, 0.15) for x in (0, 0.5, 1)] == pytest.approx([0.3, 0.225, 0.15])
+
+
+# ---- what is masked
+
+
+def test_spearman_by_hand():
+    a = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+    assert M.spearman(a, a.exp()) == pytest.approx(1.0)
+    assert M.spearman(a, -a) == pytest.approx(-1.0)
+    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, norms^2 4.5 and 5
+    tied = M.spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
+    assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
+    assert M.spearman(a, torch.ones(5)) == 0
+
+
+def test_diagnosis_on_a_known_strategy():
+    """A strategy that takes the numbers: their share is 1, and it repeats itself."""
+    model, tokens = small_model(), rows_of(10)
+    pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
+    counts = np.arange(V)
+    kinds = M.token_kinds(pieces, counts)
+    assert kinds["rare"].sum() == 100 and kinds["frequent"].sum() == 100
+    H = kinds["number"].float()[tokens]
+    k = int(H[:, 1:-1].sum(1).min())
+    found = M.diagnose(model, tokens, k, lambda t, n: M.choose(t, k, table(H), "high", 0, n),
+                       [noise_of(10, step=s) for s in range(3)], kinds)
+    inner = tokens[:, 1:-1]
+    assert found["number"] == pytest.approx([1.0, (inner % 3 == 0).float().mean().item()])
+    assert found["word_internal"] == pytest.approx([0.0, (inner % 3 == 2).float().mean().item()])
+    assert found["rate"] == pytest.approx(k / 32)
+    assert found["overlap"][1] == pytest.approx(k / 32) and found["overlap"][0] > 2 * k / 32
