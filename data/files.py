@@ -23,9 +23,9 @@ class UserError(Exception):
 
 
 def run_script(main):
-    """Call main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
+    """Return main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
     try:
-        main()
+        return main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -13,7 +13,7 @@ from data.files import UserError, sha256_file, write_atomic
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_SPECIAL = 5  # ordinary tokens are the ids from here on
-MIN_VOCAB = 512  # 5 special + 256 byte pieces, and room for at least an alphabet
+MIN_VOCAB = 300  # 5 special tokens, 256 byte pieces, and an alphabet
 MAX_VOCAB = 65536  # token ids are stored as uint16
 
 

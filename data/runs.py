@@ -1,0 +1,158 @@
+"""Run folders: which flags and folders are refused before any work begins, checkpoints, the log.
+
+    runs/self-0/  config.json         every flag, versions, hashes of corpus, tokenizer and teacher
+                  tokenizer.model     the vocabulary
+                  log.jsonl           a JSON object a line, see the README
+                  checkpoint.pt       everything needed to go on; checkpoint.prev.pt the one before
+                  model.pt            the final weights: a folder that has it is finished
+"""
+
+import json
+import os
+from pathlib import Path
+
+from data.files import (
+    UserError, load_tensors, read_json, save_tensors, sha256_file, write_atomic,
+)
+
+BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
+
+
+def check_flags(a, given):
+    """Refuse values out of range and flags that contradict each other; settle open defaults."""
+
+    def need(condition, message):
+        if not condition:
+            raise UserError(message)
+
+    def each(names, test, rule):
+        for name in names.split():
+            need(test(a[name]), f"--{name.replace('_', '-')} {a[name]}: must be {rule}")
+
+    if a["init_frac"] == -1:
+        a["init_frac"] = 0.15 if a["masking"] == "self" else 0.0
+    if a["mask_rate_end"] == -1:
+        a["mask_rate_end"] = a["mask_rate"]
+    a["out"] = a["out"] or f"runs/{a['masking']}-{a['seed']}"
+    inf = float("inf")
+    each("steps batch_size lr clip tau init_std rotary_base log_every eval_blocks checkpoint_every",
+         lambda v: 0 < v < inf, "above 0")
+    each("seed corpus_tokens layers width pool micro_batch weight_decay threads eval_every "
+         "local_start", lambda v: 0 <= v < inf, "0 or more")
+    each("dropout init_frac warmup_frac", lambda v: 0 <= v < 1, "from 0 to below 1")
+    each("mask_rate mask_rate_end alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
+    each("seq_len", lambda v: v >= 16, "at least 16")
+
+    self_or_teacher = a["masking"] != "random"
+    for name in sorted({"select", "score_input", "pool"} & given):
+        need(self_or_teacher, f"--{name.replace('_', '-')} is about entropies, and --masking "
+             "random uses none: leave it out")
+    need(self_or_teacher or not a["init_frac"] or a["distill"] == "after-init",
+         "--init-frac with --masking random means something only with --distill after-init")
+    need(not self_or_teacher or a["pool"] or a["score_input"] != "masked", "--pool 0 with "
+         "--score-input masked would mask whole rows: give --pool 2, or --score-input clear")
+    need(a["masking"] != "entropy" or a["score_input"] != "type", "--score-input type is learned "
+         "from the model in training: use it with --masking self")
+    uses_teacher = a["masking"] == "entropy" or a["distill"] != "off" or a["init_from_teacher"]
+    need(a["teacher"] or not uses_teacher, "--masking entropy, --distill and --init-from-teacher "
+         "need --teacher RUN: a finished run, for example of  python train.py --masking random")
+    need(uses_teacher or not a["teacher"],
+         "nothing uses --teacher: add --masking entropy or --distill complete")
+    need(a["distill"] != "after-init" or a["init_frac"], "--distill after-init begins where "
+         "--init-frac ends: give it a value above 0")
+    need(a["distill"] != "off" or not {"alpha", "tau"} & given, "--alpha and --tau need --distill")
+    need(a["positions"] == "rotary" or not {"rotary_base", "local_start"} & given,
+         "--rotary-base and --local-start need --positions rotary")
+    need(not a["flops_of"] or "steps" not in given, "give --steps or --flops-of, not both")
+    need(a["batch_size"] % (a["micro_batch"] or a["batch_size"]) == 0,
+         f"--micro-batch {a['micro_batch']} does not divide --batch-size {a['batch_size']}")
+    # A block of n tokens holds at most ceil(n / 17) [SEP]s, see data/corpus.py.
+    n = a["seq_len"] - 2
+    most = int(max(a["mask_rate"], a["mask_rate_end"]) * n + 0.5)
+    most *= max(1, a["pool"]) if self_or_teacher else 1
+    need(most <= n - -(-n // 17), f"{most} candidates for masking are more than a row of "
+         f"{a['seq_len']} tokens holds: lower --pool or --mask-rate")
+
+
+def open_run(a, given, may_change):
+    """-> (all flags, the config of the earlier run that is resumed or evaluated, or None).
+
+    A new run takes its flags from `a`; an earlier one from its config.json, and the flags in
+    `given` must then agree, but for those in `may_change`. UserError for every folder in which
+    something could be lost.
+    """
+    run = Path(a.get("eval") or a.get("resume") or a["out"] or f"runs/{a['masking']}-{a['seed']}")
+    config, finished = run / "config.json", (run / "model.pt").exists()
+    if not {"resume", "eval"} & given:
+        if config.exists():
+            what = "finished: give another --out or --seed" if finished else (
+                f"unfinished: continue it with  python train.py --resume {run}")
+            raise UserError(f"{run} is {what}")
+        if run.exists() and (not run.is_dir() or set(os.listdir(run)) - BEFORE_CONFIG):
+            raise UserError(f"{run} is there and is no run folder: give another --out")
+        return {**a, "eval": None}, None
+    if not config.exists():
+        raise UserError(f"{run} is not a run folder: it has no config.json")
+    if "resume" in given and finished:
+        raise UserError(f"{run} is finished: there is nothing to resume")
+    config = read_json(config)
+    own = config.get("flags")
+    if not isinstance(own, dict) or not set(own) >= set(a) - {"resume", "eval"}:
+        raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
+    for name in sorted(given - {"resume", "eval", "preset", "out"} - may_change):
+        if a[name] != own[name]:
+            raise UserError(f"{run} has --{name.replace('_', '-')} {own[name]}, and that cannot "
+                            "change: leave the flag out, or start a run with another --out")
+    return {**own, **{name: a[name] for name in given & may_change}, "out": str(run),
+            "eval": a.get("eval")}, config
+
+
+def save_checkpoint(run, state):
+    """Write checkpoint.pt; the one that was there becomes checkpoint.prev.pt.
+
+    At every moment one of the two is whole, whatever happens to the process.
+    """
+    new, newest = run / "checkpoint.new.pt", run / "checkpoint.pt"
+    save_tensors(new, {**state, "config_sha256": sha256_file(run / "config.json")})
+    if newest.exists():
+        os.replace(newest, run / "checkpoint.prev.pt")
+    os.replace(new, newest)
+
+
+def load_checkpoint(run):
+    """What save_checkpoint wrote, or None where a run was stopped before its first checkpoint."""
+    newest, previous = run / "checkpoint.pt", run / "checkpoint.prev.pt"
+    if not newest.exists() and not previous.exists():
+        return None
+    try:
+        state = load_tensors(newest if newest.exists() else previous)
+    except UserError as error:
+        if not (newest.exists() and previous.exists()):
+            raise
+        load_tensors(previous)  # if that one is damaged too, it says so itself
+        raise UserError(f"{error}; {previous} is intact: delete {newest} to go on from there")
+    if state.get("config_sha256") != sha256_file(run / "config.json"):
+        raise UserError(f"the checkpoint in {run} does not belong to its config.json")
+    return state
+
+
+def read_log(run):
+    """The lines of a run's log.jsonl as dicts; a last line that a kill cut in half is dropped."""
+    path = Path(run) / "log.jsonl"
+    lines = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
+            break
+        lines.append(entry)
+    return lines
+
+
+def open_log(run, step):
+    """Cut the log after `step` -> (the log, opened to append, and the step of its last line)."""
+    lines = [line for line in read_log(run) if line["step"] <= step] if step else []
+    write_atomic(run / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
+    return open(run / "log.jsonl", "a"), lines[-1]["step"] if lines else None

@@ -1,0 +1,489 @@
+"""Pretrain a small BERT with a masking strategy. One flat script: flags, data, model, loop.
+
+    python train.py                              # self-masking, offline, minutes on a laptop
+    python train.py --masking random             # the baseline, on the same data in the same order
+    python train.py --corpus book.txt --masking entropy --teacher runs/random-0
+    python train.py --resume runs/self-0         # go on after any interruption, bit for bit
+    python train.py --eval runs/self-0           # print the held-out loss of a finished run again
+
+A run is a folder: config.json, tokenizer.model, log.jsonl, checkpoint.pt, model.pt.
+Every random draw is a function of (seed, step, row or micro-batch), so on a CPU, with the same
+torch, thread count and flags, a resumed run equals an uninterrupted one bit for bit.
+"""
+
+import argparse
+import json
+import os
+import platform
+import resource
+import signal
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from data.files import (
+    UserError, lock_folder, run_script, save_tensors, sha256_file, write_atomic, write_json,
+)
+from data.runs import check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint
+
+# --------------------------------------------------------------------------------------------------
+# flags: name, default (the laptop preset), help, and the choices where there are any
+
+FLAGS = {
+    "Run": [
+        ("out", "", "run folder, never overwritten (default runs/<masking>-<seed>)"),
+        ("seed", 0, "decides initial weights, data order, masks and dropout: pair arms by it"),
+    ],
+    "Data": [
+        ("corpus", "docs", "text file (plain, .gz, .xz, .bz2) or a folder of them, a paragraph a "
+         "line, a blank line between documents; docs: the English in your Python, torch, numpy"),
+        ("corpus-tokens", 0, "use only the first so many training tokens; 0: all"),
+        ("vocab-size", 8192, "pieces of the tokenizer that is learned from the corpus"),
+        ("seq-len", 128, "tokens in a block, [CLS] and [SEP] included"),
+        ("cache", "data/cache", "where prepared corpora are kept"),
+    ],
+    "Model": [
+        ("size", "tiny", "layers/width 2/128, 4/256, 4/512, 8/512, 12/768",
+         ("tiny", "mini", "small", "medium", "base")),
+        ("layers", 0, "overrides --size; 0: as the size says"),
+        ("width", 0, "overrides --size, a multiple of 64; 0: as the size says"),
+        ("positions", "rotary", "rotary leaves the plateau early; learned is BERT as published",
+         ("rotary", "learned")),
+        ("rotary-base", 100.0, "frequency base of the rotary positions; small is local"),
+        ("local-start", 1.0, "initial query and key bias with rotary positions; 0: off"),
+        ("init-std", 0.05, "standard deviation of the initial weights; BERT's is 0.02"),
+        ("dropout", 0.1, "on embeddings, attention and block outputs"),
+    ],
+    "Masking": [
+        ("masking", "self", "where to mask: anywhere (random), by the uncertainty of a --teacher "
+         "(entropy), or by the model's own (self)", ("random", "entropy", "self")),
+        ("teacher", "", "finished run that scores (--masking entropy) and teaches (--distill)"),
+        ("select", "mix", "which entropies: highest, lowest, nearest the row's median, drawn in "
+         "proportion, half highest and half random", ("high", "low", "mid", "sample", "mix")),
+        ("score-input", "masked", "what the scoring model reads: all candidates masked, the intact "
+         "text, or nothing (type: a running mean per vocabulary item)",
+         ("masked", "clear", "type")),
+        ("pool", 2, "candidates: a random pool of so many times the masked count; 0: all tokens"),
+        ("init-frac", -1.0, "share of the run that masks at random first (default 0.15 with "
+         "--masking self, else 0)"),
+        ("mask-rate", 0.15, "share of the tokens that are masked"),
+        ("mask-rate-end", -1.0, "rate at the end, reached linearly (default: constant)"),
+    ],
+    "Distillation": [
+        ("distill", "off", "learn from the --teacher's predictions: never, from the first step, or "
+         "once --init-frac is over", ("off", "complete", "after-init")),
+        ("alpha", 0.5, "weight of the teacher's predictions against the true tokens"),
+        ("tau", 2.0, "temperature of both distributions"),
+        ("init-from-teacher", False, "start from its weights (every second layer of a deeper one)"),
+    ],
+    "Optimisation": [
+        ("steps", 2500, "updates in the whole run"),
+        ("flops-of", "", "train for the FLOPs that this finished run spent, instead of --steps"),
+        ("batch-size", 16, "blocks in an update: part of the method"),
+        ("micro-batch", 0, "blocks in a forward: only memory; divides the batch; 0: all"),
+        ("lr", 3e-3, "peak learning rate"),
+        ("warmup-frac", 0.05, "share of the run over which the rate rises; then it falls to 0"),
+        ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
+        ("clip", 1.0, "largest norm of the gradient"),
+    ],
+    "Machine": [
+        ("device", "auto", "auto: a GPU where there is one", ("auto", "cpu", "cuda")),
+        ("dtype", "auto", "auto: bfloat16 on GPUs that have it", ("auto", "float32", "bfloat16")),
+        ("threads", 0, "CPU threads; 0: torch's choice"),
+        ("compile", False, "torch.compile the training forward (not bit for bit)"),
+    ],
+    "Log": [
+        ("log-every", 10, "steps between log lines"),
+        ("eval-every", 250, "steps between evaluations on held-out text; 0: start and end only"),
+        ("eval-blocks", 1024, "held-out blocks in an evaluation"),
+        ("checkpoint-every", 250, "steps between checkpoints"),
+    ],
+}
+DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
+HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch"}  # may change when resuming
+
+PRESETS = {
+    "laptop": {},  # the defaults: minutes on two cores
+    # A night on one GPU; --corpus is WikiText-103 or the like, as a text file.
+    "gpu": dict(size="small", vocab_size=30522, init_std=0.02, batch_size=256, lr=1e-3,
+                steps=80_000, compile=True, eval_every=2000, checkpoint_every=2000),
+    # The paper's public model cards, read literally; --corpus is BookCorpus as a text file.
+    "paper": dict(size="small", vocab_size=30522, seq_len=512, positions="learned", init_std=0.02,
+                  select="high", score_input="clear", pool=0, init_frac=0.0, batch_size=160,
+                  lr=1e-4, steps=356_000, warmup_frac=10_000 / 356_000, eval_every=5000,
+                  checkpoint_every=5000),
+}
+
+
+def parse_flags():
+    """The command line -> (flags by name, the config of an earlier run or None)."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        argument_default=argparse.SUPPRESS, allow_abbrev=False,
+    )
+
+    def refuse(message):
+        raise UserError(f"{message}; python train.py --help lists the flags")
+
+    parser.error = refuse  # one line, where argparse would print the whole usage
+    parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes on a CPU; "
+                        "gpu: a night on a GPU; paper: read literally. Any flag overrides it")
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="continue this unfinished run (default: --out) with its own flags")
+    parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, default, text, *choices in flags:
+            if default not in ("", -1):
+                text += f" (default {default})"
+            how = {"choices": choices[0]} if choices else {"type": type(default), "metavar": "X"}
+            if isinstance(default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            group.add_argument(f"--{name}", help=text, **how)
+    given = vars(parser.parse_args())
+    preset = PRESETS[given.pop("preset", "laptop")]
+    if preset:
+        print("preset: " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in preset.items()))
+        if "corpus" not in given and not {"resume", "eval"} & set(given):
+            refuse("this preset needs --corpus FILE, far more text than docs has")
+    flags = {**DEFAULTS, **preset, **given}
+    if not {"resume", "eval"} & set(given):
+        check_flags(flags, set(given))
+    return open_run(flags, set(given), HOW_NOT_WHAT)
+
+
+if __name__ == "__main__":
+    COMMAND = run_script(parse_flags)  # before torch is imported: a typo is told at once
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import masking as M
+from data import corpus as corpora
+from data.tokenizer import MASK
+from model import SIZES, Bert, Shape, copy_weights, forward_flops, load
+
+EVAL_SEED = 260528526  # one constant: every arm, seed and restart is evaluated on the same masks
+EVAL_RATE = 0.15  # whatever the training rate
+
+
+def lr_at(step, steps, peak, warmup_frac):
+    """Linear warm-up, then linear decay; above 0 at the first update and at the last."""
+    warmup = round(warmup_frac * steps)
+    return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
+
+
+def step_flops(a, shape, scorer, teacher, step):
+    """Matrix-multiply FLOPs of a step: training, and the forwards that score and teach."""
+    T, k = a.seq_len, mask_count_at(a, step)
+    flops = 3 * forward_flops(shape, T, k)
+    after_init = step >= a.init_frac * a.steps
+    if a.masking != "random" and a.score_input != "type" and after_init:
+        flops += forward_flops(scorer, T, a.pool * k or T - 2)
+    if a.distill == "complete" or (a.distill == "after-init" and after_init):
+        flops += forward_flops(teacher, T, k)
+    return a.batch_size * flops
+
+
+def mask_count_at(a, step):
+    return M.mask_count(M.mask_rate_at(step / a.steps, a.mask_rate, a.mask_rate_end), a.seq_len)
+
+
+def distillation_loss(logits, taught, tau):
+    """tau^2 KL(teacher_tau || student_tau) in nats, a mean over rows; both (N, V) logits.
+
+    tau^2 keeps the size of the gradient when tau changes (Hinton et al. 2015, section 2).
+    """
+    student, teacher = (logits / tau).log_softmax(-1), (taught / tau).log_softmax(-1)
+    return tau**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
+
+
+@torch.inference_mode()
+def evaluate(model, blocks, amp, device):
+    """Mean loss (nats) and accuracy at 15 % random masks, the same ones every time."""
+    model.eval()
+    T, k = blocks.shape[1] + 2, M.mask_count(EVAL_RATE, blocks.shape[1] + 2)
+    noise = M.draw(EVAL_SEED, 0, M.SELECT, len(blocks), T)
+    u = M.draw(EVAL_SEED, 0, M.REPLACE, len(blocks), 2 * k).view(-1, k, 2)
+    loss = right = count = 0
+    for i in range(0, len(blocks), 64):
+        part = slice(i, i + 64)
+        tokens = corpora.with_ends(blocks[part])
+        positions = M.choose(tokens, k, None, None, 0, {M.SELECT: noise[part]})
+        inputs = M.replace(tokens, positions, u[part], model.shape.vocab_size)
+        labels = tokens.gather(1, positions).to(device).flatten()
+        with amp():
+            logits = model(inputs.to(device), positions.to(device)).flatten(0, 1).float()
+        loss += F.cross_entropy(logits, labels, reduction="sum").item()
+        right += (logits.argmax(-1) == labels).sum().item()
+        count += labels.numel()
+    return loss / count, right / count
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def main():
+    a, earlier = COMMAND
+    a, run = argparse.Namespace(**a), Path(a["out"])
+
+    # ---- machine ---------------------------------------------------------------------------------
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    if a.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
+    device = torch.device("cuda" if a.device != "cpu" and torch.cuda.is_available() else "cpu")
+    dtype, why = a.dtype, "as asked"
+    if dtype == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        dtype = "bfloat16" if fast else "float32"
+        why = "this GPU has it" if fast else "exact, and the fast one on most CPUs"
+    print(f"machine: {device.type}, {torch.get_num_threads()} threads, {dtype} ({why})")
+
+    def amp():
+        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+
+    # ---- corpus and teacher ----------------------------------------------------------------------
+    folder = corpora.prepare(a.corpus, a.vocab_size, a.cache)
+    text = corpora.load(folder, a.seq_len, a.corpus_tokens)
+    valid = text.valid[: a.eval_blocks]
+    tokenizer, V, T = text.tokenizer, text.tokenizer.vocab_size, a.seq_len
+    if earlier and earlier["corpus_sha256"] != text.sha256:
+        raise UserError(f"--corpus {a.corpus} is not the text that {run} began with")
+    if a.eval:
+        loss, accuracy = evaluate(load(run)[0].to(device), valid, amp, device)
+        print(f"{run}: held-out loss {loss:.4f} nats (unigram entropy {text.unigram_entropy:.4f}), "
+              f"accuracy {accuracy:.4f}")
+        return
+    print(f"corpus: {len(text.train)} blocks of {T} to train on, {len(valid)} held out, "
+          f"unigram entropy {text.unigram_entropy:.2f} nats")
+    if len(text.train) < a.batch_size:
+        raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
+                        f"of {a.batch_size}: give more text, or a smaller --batch-size")
+    teacher, teacher_flops = None, 0
+    if a.teacher:
+        teacher, teacher_tokenizer = load(a.teacher)
+        teacher = teacher.to(device).requires_grad_(False)
+        teacher_flops = read_log(a.teacher)[-1]["flops_with_teacher"]
+        if teacher_tokenizer.sha256 != tokenizer.sha256 or teacher.shape.seq_len < T:
+            raise UserError(f"--teacher {a.teacher} has another tokenizer or a shorter --seq-len: "
+                            "it must be trained on the same --corpus and --vocab-size")
+
+    # ---- model and optimiser ---------------------------------------------------------------------
+    torch.manual_seed(a.seed)
+    layers, width = SIZES[a.size]
+    shape = Shape(V, a.layers or layers, a.width or width, T, a.positions, a.rotary_base,
+                  a.local_start, a.init_std, a.dropout)
+    model = Bert(shape)
+    if a.init_from_teacher:
+        copy_weights(model, teacher)
+    model.to(device)
+    # Matrices and embeddings decay; biases and LayerNorm, which are vectors, do not.
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": a.weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=a.lr, betas=(0.9, 0.999), eps=1e-6, fused=True,  # BERT's betas and eps
+    )
+    forward = torch.compile(model) if a.compile else model
+    scorer = teacher if a.masking == "entropy" else model
+    types = M.TypeEntropy(V, device) if a.score_input == "type" else None
+
+    def score(tokens, candidates):
+        if types:
+            return types(tokens, candidates)
+        how = M.masked_entropy if a.score_input == "masked" else M.clear_entropy
+        with amp():
+            return how(scorer, tokens, candidates)
+
+    def flops_at(step):
+        return step_flops(a, shape, scorer and scorer.shape, teacher and teacher.shape, step)
+
+    if a.flops_of and not earlier:
+        log = read_log(a.flops_of)
+        if not log or not (Path(a.flops_of) / "model.pt").exists():
+            raise UserError(f"--flops-of {a.flops_of}: not a finished run")
+        a.steps = 1000  # FLOPs depend on the share of the run that is over: average over it
+        a.steps = max(1, round(log[-1]["flops"] / np.mean([flops_at(s) for s in range(1000)])))
+
+    # ---- run folder ------------------------------------------------------------------------------
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {run}: {error.strerror}")
+    lock = lock_folder(run)  # noqa: F841, held for as long as this name lives
+    identity = {
+        "flags": {n: v for n, v in vars(a).items() if n in DEFAULTS},
+        "corpus_sha256": text.sha256,
+        "tokenizer_sha256": tokenizer.sha256,
+        "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
+    }
+    if earlier and earlier["teacher_sha256"] != identity["teacher_sha256"]:
+        raise UserError(f"--teacher {a.teacher} is not the model that {run} began with")
+    if not earlier:
+        if (run / "config.json").exists():
+            raise UserError(f"{run} was begun by another process just now")
+        write_atomic(run / "tokenizer.model", text.tokenizer_path.read_bytes())
+        write_json(run / "config.json", {
+            **identity, "unigram_entropy": text.unigram_entropy,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": sum(map(flops_at, range(a.steps))), "teacher_flops": teacher_flops,
+            "python": platform.python_version(), "torch": torch.__version__,
+            "numpy": np.__version__, "threads": torch.get_num_threads(), "dtype": dtype,
+            "command": sys.argv,
+        })
+
+    # ---- an interrupted run goes on where its checkpoint is --------------------------------------
+    step, recent = 0, []  # updates done; (loss, gradient norm) of those since the last log line
+    saved = load_checkpoint(run) if earlier else None
+    if saved:
+        step, recent = saved["step"], list(saved["recent"].to(device))
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        if types:
+            types.mean, types.seen = saved["types"].to(device)
+        print(f"{run}: going on after step {step}")
+    log, logged = open_log(run, step)
+
+    # ---- loop ------------------------------------------------------------------------------------
+    stop = []  # a signal asks for a stop after the step; a second one is not waited for
+
+    def on_signal(number, frame):
+        stop.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, on_signal)
+    micro = a.micro_batch or a.batch_size
+    kinds = M.token_kinds(tokenizer.pieces, text.counts)
+    sights = corpora.with_ends(valid[:64]).to(device)  # what the diagnosis looks at
+    sight_noise = [{p: M.draw(EVAL_SEED, 1 + i, p, len(sights), T).to(device)
+                    for p in (M.POOL, M.SELECT, M.HALF)} for i in range(3)]
+    flops = sum(map(flops_at, range(step)))
+    bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
+               mininterval=0.2 if sys.stderr.isatty() else 30)
+    began, timed = time.perf_counter(), 0  # since the last log line: time, and steps in it
+
+    while True:
+        after_init = step >= a.init_frac * a.steps
+        now_score = score if a.masking != "random" and after_init else None
+        k = mask_count_at(a, min(step, a.steps - 1))
+
+        # ---- log, evaluate, save: everything that happens once in a while
+        last = bool(stop) or step == a.steps
+        due = step in (0, a.steps) or (a.eval_every and step % a.eval_every == 0)
+        to_log = due or step % a.log_every == 0
+        to_save = last or (step and step % a.checkpoint_every == 0)
+        if recent and (to_log or to_save):
+            values = torch.stack(recent)
+            finite = values.isfinite().all(1)
+            if not finite.all():
+                bar.close()
+                bad = step - len(recent) + 1 + finite.int().argmin().item()
+                print(f"error: the loss or its gradient is not finite at step {bad}; the last "
+                      "checkpoint is intact, but a lower --lr is needed", file=sys.stderr)
+                sys.exit(1)
+        if to_log and step != logged:
+            entry = {"step": step, "tokens": step * a.batch_size * T}
+            if recent:
+                seconds = time.perf_counter() - began
+                entry |= {
+                    "train_loss": values[:, 0].mean().item(),
+                    "grad_norm": values[:, 1].mean().item(),
+                    "lr": optimizer.param_groups[0]["lr"],
+                    "tokens_per_s": round(timed * a.batch_size * T / seconds),
+                }
+                bar.set_postfix(loss=f"{entry['train_loss']:.2f}", refresh=False)
+            entry |= {"flops": flops, "flops_with_teacher": flops + teacher_flops}
+            if due:
+                entry["val_loss"], entry["val_accuracy"] = evaluate(model, valid, amp, device)
+
+                def choose_now(tokens, noise):
+                    return M.choose(tokens, k, now_score, a.select, a.pool, noise)
+
+                with amp():
+                    entry["masked"] = M.diagnose(model, sights, k, choose_now, sight_noise, kinds)
+                    if types:
+                        entry["masked"]["type_rank_correlation"] = M.type_rank_correlation(
+                            types, model, sights, 2 * k, sight_noise[0])
+                entry["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+                bar.write(f"step {step:6}  held-out loss {entry['val_loss']:.3f} (unigram entropy "
+                          f"{text.unigram_entropy:.3f})  accuracy {entry['val_accuracy']:.3f}")
+            log.write(json.dumps(entry) + "\n")
+            log.flush()
+            recent, began, timed = [], time.perf_counter(), 0
+        if to_save:
+            os.fsync(log.fileno())  # the log must never be behind the checkpoint
+            save_checkpoint(run, {
+                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+                "recent": torch.stack(recent) if recent else torch.zeros(0, 2),
+                "types": torch.stack([types.mean, types.seen]) if types else torch.zeros(0),
+            })
+        if last:
+            break
+
+        # ---- one update: where to mask, what to put there, loss, gradient
+        model.train()
+        tokens = corpora.batch_at(text.train, a.seed, step, a.batch_size).to(device)
+        noise = {p: M.draw(a.seed, step, p, a.batch_size, T).to(device)
+                 for p in (M.POOL, M.SELECT, M.HALF)}
+        u = M.draw(a.seed, step, M.REPLACE, a.batch_size, 2 * k).view(-1, k, 2).to(device)
+        distilling = a.distill == "complete" or (a.distill == "after-init" and after_init)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac)
+        total, sightings = 0.0, []
+        for first in range(0, a.batch_size, micro):
+            part = slice(first, first + micro)
+            x = tokens[part]
+            positions = M.choose(x, k, now_score, a.select, a.pool,
+                                 {p: n[part] for p, n in noise.items()})
+            inputs = M.replace(x, positions, u[part], V)
+            labels = x.gather(1, positions).flatten()
+            M.seed_dropout(a.seed, step, first)
+            with amp():
+                logits = forward(inputs, positions).flatten(0, 1)  # (B k, V)
+            logits = logits.float()
+            log_p = logits.log_softmax(-1)
+            loss = F.nll_loss(log_p, labels)
+            total += loss.detach() * (micro / a.batch_size)
+            if distilling:
+                with torch.no_grad(), amp():
+                    taught = teacher(inputs, positions).flatten(0, 1).float()
+                loss = (1 - a.alpha) * loss + a.alpha * distillation_loss(logits, taught, a.tau)
+            if types:
+                shown = inputs.gather(1, positions).flatten() == MASK
+                log_q = log_p.detach()
+                sightings.append((labels, -torch.linalg.vecdot(log_q.exp(), log_q), shown.float()))
+            # All rows have k masked tokens: the mean over the batch is the mean of these means.
+            (loss * (micro / a.batch_size)).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for sighting in sightings:
+            types.update(*sighting)
+        recent.append(torch.stack([total, norm]))
+        flops += flops_at(step)
+        step, timed = step + 1, timed + 1
+        bar.update()
+
+    # ---- end -------------------------------------------------------------------------------------
+    bar.close()
+    if stop:
+        print(f"stopped after step {step}; go on with:  python train.py --resume {run}")
+        sys.exit(128 + stop[0])
+    weights = {n: w.cpu() for n, w in model.state_dict().items()}
+    # Token type 1 is first used in fine-tuning: it begins there as a copy of type 0.
+    weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
+    save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
+    final = read_log(run)[-1]
+    print(f"{run}: held-out loss {final['val_loss']:.3f} nats, "
+          f"{text.unigram_entropy - final['val_loss']:.2f} below the unigram entropy\n"
+          f'see what it masks:  python masking.py {run} "The function returns a new array."')
+
+
+if __name__ == "__main__":
+    run_script(main)
