@@ -21,10 +21,19 @@ See what each strategy does to a sentence, with a run that train.py has finished
     python masking.py runs/self-0 "The function returns a new array." --html page.html
 """
 
+import argparse
+import os
+import sys
+from html import escape
+from pathlib import Path
+from string import Template
+
 import numpy as np
 import torch
 
-from data.tokenizer import MASK, N_SPECIAL
+from data.files import UserError, read_json, run_script, write_atomic
+from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from model import load
 
 # --------------------------------------------------------------------------------------------------
 # random numbers: pure functions of (seed, step, what they are for, row)
@@ -207,11 +216,6 @@ def replace(tokens, positions, u, vocab_size):
     return tokens.scatter(1, positions, new)
 
 
-def mask_rate_at(progress, start, end):
-    """Share of tokens masked when `progress` (0 to 1) of the run is over: linear."""
-    return start + (end - start) * progress
-
-
 def mask_count(rate, T):
     """k, the same in every row and arm: the rate's share of a row without [CLS] and [SEP]."""
     return max(1, int(rate * (T - 2) + 0.5))
@@ -219,6 +223,9 @@ def mask_count(rate, T):
 
 # --------------------------------------------------------------------------------------------------
 # what a strategy masks
+
+
+DIAGNOSIS_SEED = 2605  # one constant: every step and arm is looked at with the same noise
 
 
 def token_kinds(pieces, counts):
@@ -238,17 +245,20 @@ def token_kinds(pieces, counts):
     }
 
 
-def diagnose(model, tokens, k, choose_now, noise, kinds):
+def diagnose(model, tokens, k, choose_now, kinds, types=None):
     """What the strategy masks, next to all tokens: a dict for the log.
 
-    choose_now(tokens, noise) -> positions is the strategy as it is at this step; tokens (B, T);
-    noise: three draws as for choose. Pairs are [chosen, all]:
+    choose_now(tokens, noise) -> positions is the strategy as it is at this step; tokens (B, T).
+    The noise is the same at every step and in every run. Pairs are [chosen, all]:
     entropy, accuracy  of the model at the chosen tokens, all [MASK], and at k random ones
     word_internal ...  shares of the kinds of token_kinds
     overlap            share of the chosen that are chosen again with other noise, and what a random
                        choice has: how repetitive the masks are
     rate               masked share of the maskable tokens
+    type_rank_correlation, with a TypeEntropy: Spearman of its scores with fresh masked ones
     """
+    noise = [{p: draw(DIAGNOSIS_SEED, i, p, *tokens.shape).to(tokens.device)
+              for p in (POOL, SELECT, HALF)} for i in range(3)]
     chosen, again = choose_now(tokens, noise[0]), choose_now(tokens, noise[1])
     anywhere = choose(tokens, k, None, None, 0, noise[2])
     maskable = tokens >= N_SPECIAL
@@ -268,7 +278,12 @@ def diagnose(model, tokens, k, choose_now, noise, kinds):
     rate = (is_chosen & maskable).sum() / maskable.sum()
     overlap = is_chosen.gather(1, again).float().mean()
     pairs["overlap"] = [overlap.item(), (k * len(tokens) / maskable.sum()).item()]
-    return {"rate": rate.item(), **pairs}
+    report = {"rate": rate.item(), **pairs}
+    if types:
+        candidates = choose(tokens, 2 * k, None, None, 0, noise[2])
+        fresh = masked_entropy(model, tokens, candidates)
+        report["type_rank_correlation"] = spearman(types(tokens, candidates), fresh)
+    return report
 
 
 def spearman(a, b):
@@ -282,7 +297,157 @@ def spearman(a, b):
     return (ranks[0] @ ranks[1] / scale).item() if scale > 0 else 0.0
 
 
-def type_rank_correlation(types, model, tokens, c, noise):
-    """Spearman of --score-input type with fresh masked-input scores, on c random tokens a row."""
-    candidates = choose(tokens, c, None, None, 0, noise)
-    return spearman(types(tokens, candidates), masked_entropy(model, tokens, candidates))
+# --------------------------------------------------------------------------------------------------
+# the demonstration
+
+DEMO = {  # column -> (select, score, pool); "clear" is the paper read literally
+    "random": (None, None, 0), "clear": ("high", clear_entropy, 0),
+    **{select: (select, masked_entropy, 2) for select in ("high", "low", "mid", "sample", "mix")},
+}
+
+
+def exact_entropy(model, tokens):
+    """Entropy (n,) in nats and logits (n, V) of every token of one row (T,) but its ends, each
+    masked alone: what the scores approximate, for n forwards instead of one."""
+    where = torch.arange(1, len(tokens) - 1)[:, None]
+    rows = tokens.repeat(len(where), 1).scatter(1, where, MASK)
+    with torch.inference_mode():
+        logits = torch.cat([model(x, p)[:, 0] for x, p in zip(rows.split(64), where.split(64))])
+    return entropy(logits), logits
+
+
+def explain(model, tokenizer, text, rate, seed):
+    """A sentence -> (a row per token: piece, H, five best guesses, columns that mask it), k."""
+    ids = tokenizer.encode(text)
+    if not 2 <= len(ids) <= model.shape.seq_len - 2:
+        raise UserError(f"the sentence has {len(ids)} tokens: this model reads from 2 to "
+                        f"{model.shape.seq_len - 2}")
+    tokens = torch.tensor([[CLS, *ids, SEP]])
+    k = mask_count(rate, len(ids) + 2)
+    noise = {p: draw(seed, 0, p, *tokens.shape) for p in (POOL, SELECT, HALF)}
+    masked = {}
+    for name, (select, how, pool) in DEMO.items():
+        pool = pool if pool * k <= len(ids) else 0
+        how = how and (lambda t, c, how=how: how(model, t, c))
+        masked[name] = set(choose(tokens, k, how, select, pool, noise)[0].tolist())
+    H, logits = exact_entropy(model, tokens[0])
+    top = logits.softmax(-1).topk(5)
+    rows = []
+    for i, token in enumerate(ids):
+        guesses = [(tokenizer.pieces[v].replace("▁", " ").strip() or "_", p)
+                   for v, p in zip(top.indices[i].tolist(), top.values[i].tolist())]
+        rows.append((tokenizer.pieces[token], H[i].item(), guesses,
+                     [name for name in DEMO if i + 1 in masked[name]]))
+    return rows, k
+
+
+def print_rows(rows, most, colour):
+    """The heat map of a sentence, then a line per token."""
+
+    def heat(text, H):
+        if not colour:
+            return text
+        cold, hot = (255, 247, 236), (239, 101, 72)  # readable under black text
+        r, g, b = (round(c + (h - c) * H / most) for c, h in zip(cold, hot))
+        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m"
+
+    line = ""
+    for piece, H, _, _ in rows:
+        text = piece.replace("▁", "")
+        line += (" " if piece.startswith("▁") and line else "") + (
+            heat(text, H) if colour else f"{text}[{H:.1f}]")
+    print(f"\n{line}\n\n{'token':16} nats  " + " ".join(DEMO) + "   best guesses where masked")
+    for piece, H, guesses, names in rows:
+        marks = " ".join(("#" if name in names else ".").center(len(name)) for name in DEMO)
+        text = ", ".join(f"{guess} {p:.0%}" for guess, p in guesses) if names else ""
+        print(f"{heat(piece.replace('▁', ' ')[:16].ljust(16), H)} {H:4.1f}  {marks}   {text}")
+
+
+def html_page(rows, k, title, most):
+    """The same as one self-contained page (data/page.html is its template)."""
+    def span(piece, H, guesses):
+        tip = f"{H:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in guesses)
+        space = " " if piece.startswith("▁") else ""
+        return (f'{space}<span class="t" style="--h:{H / most:.3f}" title="{escape(tip)}">'
+                f"{escape(piece.replace('▁', ''))}</span>")
+
+    body = "".join(
+        f'<tr><td>{span(piece, H, guesses)}</td><td class="n">{H:.1f}</td>'
+        + "".join(f'<td class="m">{"●" if name in names else ""}</td>' for name in DEMO)
+        + "<td>" + (", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in guesses) if names else "")
+        + "</td></tr>\n" for piece, H, guesses, names in rows)
+    template = Template((Path(__file__).parent / "data" / "page.html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title), k=k, n=len(rows), most=f"{most:.1f}", body=body,
+        head="".join(f"<th>{name}</th>" for name in DEMO),
+        sentence="".join(span(piece, H, guesses) for piece, H, guesses, _ in rows))
+
+
+def compare_scores(run, sentences, model, tokenizer):
+    """Print how masked and clear scores rank the tokens of held-out sentences, against the exact
+    entropy: Spearman's correlation over all scored tokens, and its mean within a sentence."""
+    from data import corpus
+
+    flags = read_json(Path(run) / "config.json")["flags"]
+    text = corpus.load(corpus.prepare(flags["corpus"], flags["vocab_size"], flags["cache"]),
+                       model.shape.seq_len)
+    ends = [i for i, piece in enumerate(tokenizer.pieces) if piece in (".", "?", "!", "[SEP]")]
+    stream = text.valid.ravel().astype(np.int64)
+    cuts = np.flatnonzero(np.isin(stream, ends)) + 1
+    parts = [p[p >= N_SPECIAL] for p in np.split(stream, cuts)]
+    parts = [p for p in parts if 10 <= len(p) <= min(60, model.shape.seq_len - 2)][:sentences]
+    scores = {"masked": [], "clear": [], "exact": []}
+    for step, ids in enumerate(parts):
+        tokens = torch.tensor([[CLS, *ids, SEP]])
+        noise = draw(0, step, SELECT, *tokens.shape)
+        c = 2 * mask_count(0.15, tokens.shape[1])
+        candidates = choose(tokens, c, None, None, 0, {SELECT: noise})  # the pool of training
+        scores["masked"].append(masked_entropy(model, tokens, candidates)[0])
+        scores["clear"].append(clear_entropy(model, tokens, candidates)[0])
+        scores["exact"].append(exact_entropy(model, tokens[0])[0][candidates[0] - 1])
+    print(f"{run}: {len(parts)} held-out sentences, {sum(map(len, scores['exact']))} tokens scored")
+    print("Spearman           all tokens   within a sentence")
+    for a, b in (("masked", "clear"), ("masked", "exact"), ("clear", "exact")):
+        within = np.mean([spearman(x, y) for x, y in zip(scores[a], scores[b])])
+        print(f"{a + ' and ' + b:18} {spearman(torch.cat(scores[a]), torch.cat(scores[b])):10.3f}"
+              f"   {within:17.3f}")
+    for name, H in scores.items():
+        print(f"mean {name:6} entropy {torch.cat(H).mean().item():.2f} nats")
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a finished run folder, its model is the scorer")
+    parser.add_argument("sentence", nargs="?", help="what to look at")
+    parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument("--html", metavar="FILE", help="also write the result as a web page")
+    parser.add_argument("--compare-scores", type=int, metavar="N", help="instead: rank correlation "
+                        "of masked and clear scores with exact entropies on N held-out sentences")
+    a = parser.parse_args()
+    if not a.run:
+        raise UserError("give a run folder and a sentence; a run is made in minutes by  "
+                        "python train.py --masking self")
+    if not 0 < a.mask_rate <= 0.5 or a.seed < 0:
+        raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
+    model, tokenizer = load(a.run)
+    if a.compare_scores:
+        return compare_scores(a.run, a.compare_scores, model, tokenizer)
+    if not a.sentence:
+        raise UserError(f'give a sentence:  python masking.py {a.run} "The function returns it."')
+    rows, k = explain(model, tokenizer, a.sentence, a.mask_rate, a.seed)
+    most = float(np.log(model.shape.vocab_size))
+    if a.html:
+        page = Path(a.html)
+        if page.exists() and b"made by masking.py" not in page.read_bytes()[:300]:
+            raise UserError(f"{page} exists and is not a page of this program: name another")
+        write_atomic(page, html_page(rows, k, a.run, most).encode())
+    print(f"{k} of {len(rows)} tokens masked. Entropies (0 to ln V = {most:.1f} nats) and guesses: "
+          "each token masked alone.\nclear: the highest entropies of the intact text; high to mix: "
+          "in a random pool of twice as many, all masked.")
+    print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+if __name__ == "__main__":
+    run_script(main)

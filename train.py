@@ -22,10 +22,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from data.files import (
-    UserError, lock_folder, run_script, save_tensors, sha256_file, write_atomic, write_json,
+from data.files import UserError, run_script, save_tensors, sha256_file
+from data.runs import (
+    begin_run, check_flags, load_checkpoint, open_log, open_run, save_checkpoint, spent_flops,
 )
-from data.runs import check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint
 
 # --------------------------------------------------------------------------------------------------
 # flags: name, default (the laptop preset), help, and the choices where there are any
@@ -176,6 +176,10 @@ def lr_at(step, steps, peak, warmup_frac):
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
 
 
+def mask_count_at(a, step):
+    return M.mask_count(a.mask_rate + (a.mask_rate_end - a.mask_rate) * step / a.steps, a.seq_len)
+
+
 def step_flops(a, shape, scorer, teacher, step):
     """Matrix-multiply FLOPs of a step: training, and the forwards that score and teach."""
     T, k = a.seq_len, mask_count_at(a, step)
@@ -186,10 +190,6 @@ def step_flops(a, shape, scorer, teacher, step):
     if a.distill == "complete" or (a.distill == "after-init" and after_init):
         flops += forward_flops(teacher, T, k)
     return a.batch_size * flops
-
-
-def mask_count_at(a, step):
-    return M.mask_count(M.mask_rate_at(step / a.steps, a.mask_rate, a.mask_rate_end), a.seq_len)
 
 
 def distillation_loss(logits, taught, tau):
@@ -249,7 +249,7 @@ def main():
     # ---- corpus and teacher ----------------------------------------------------------------------
     folder = corpora.prepare(a.corpus, a.vocab_size, a.cache)
     text = corpora.load(folder, a.seq_len, a.corpus_tokens)
-    valid = text.valid[: a.eval_blocks]
+    valid = text.valid[:a.eval_blocks]
     tokenizer, V, T = text.tokenizer, text.tokenizer.vocab_size, a.seq_len
     if earlier and earlier["corpus_sha256"] != text.sha256:
         raise UserError(f"--corpus {a.corpus} is not the text that {run} began with")
@@ -267,16 +267,15 @@ def main():
     if a.teacher:
         teacher, teacher_tokenizer = load(a.teacher)
         teacher = teacher.to(device).requires_grad_(False)
-        teacher_flops = read_log(a.teacher)[-1]["flops_with_teacher"]
+        teacher_flops = sum(spent_flops(a.teacher))
         if teacher_tokenizer.sha256 != tokenizer.sha256 or teacher.shape.seq_len < T:
             raise UserError(f"--teacher {a.teacher} has another tokenizer or a shorter --seq-len: "
                             "it must be trained on the same --corpus and --vocab-size")
 
     # ---- model and optimiser ---------------------------------------------------------------------
     torch.manual_seed(a.seed)
-    layers, width = SIZES[a.size]
-    shape = Shape(V, a.layers or layers, a.width or width, T, a.positions, a.rotary_base,
-                  a.local_start, a.init_std, a.dropout)
+    shape = Shape(V, a.layers or SIZES[a.size][0], a.width or SIZES[a.size][1], T, a.positions,
+                  a.rotary_base, a.local_start, a.init_std, a.dropout)
     model = Bert(shape)
     if a.init_from_teacher:
         copy_weights(model, teacher)
@@ -304,40 +303,21 @@ def main():
         return step_flops(a, shape, scorer and scorer.shape, teacher and teacher.shape, step)
 
     if a.flops_of and not earlier:
-        log = read_log(a.flops_of)
-        if not log or not (Path(a.flops_of) / "model.pt").exists():
-            raise UserError(f"--flops-of {a.flops_of}: not a finished run")
         a.steps = 1000  # FLOPs depend on the share of the run that is over: average over it
-        a.steps = max(1, round(log[-1]["flops"] / np.mean([flops_at(s) for s in range(1000)])))
+        mean = sum(map(flops_at, range(a.steps))) / a.steps
+        a.steps = max(1, round(spent_flops(a.flops_of)[0] / mean))
 
-    # ---- run folder ------------------------------------------------------------------------------
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {run}: {error.strerror}")
-    lock = lock_folder(run)  # noqa: F841, held for as long as this name lives
-    identity = {
-        "flags": {n: v for n, v in vars(a).items() if n in DEFAULTS},
-        "corpus_sha256": text.sha256,
-        "tokenizer_sha256": tokenizer.sha256,
+    # ---- run folder: a new one, or an interrupted run, which goes on where its checkpoint is -----
+    lock = begin_run(run, earlier, text.tokenizer_path, {
+        "flags": {name: value for name, value in vars(a).items() if name in DEFAULTS},
+        "corpus_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256,
         "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
-    }
-    if earlier and earlier["teacher_sha256"] != identity["teacher_sha256"]:
-        raise UserError(f"--teacher {a.teacher} is not the model that {run} began with")
-    if not earlier:
-        if (run / "config.json").exists():
-            raise UserError(f"{run} was begun by another process just now")
-        write_atomic(run / "tokenizer.model", text.tokenizer_path.read_bytes())
-        write_json(run / "config.json", {
-            **identity, "unigram_entropy": text.unigram_entropy,
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "flops": sum(map(flops_at, range(a.steps))), "teacher_flops": teacher_flops,
-            "python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "threads": torch.get_num_threads(), "dtype": dtype,
-            "command": sys.argv,
-        })
-
-    # ---- an interrupted run goes on where its checkpoint is --------------------------------------
+        "unigram_entropy": text.unigram_entropy,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": sum(map(flops_at, range(a.steps))), "teacher_flops": teacher_flops,
+        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+        "threads": torch.get_num_threads(), "dtype": dtype, "command": sys.argv,
+    })
     step, recent = 0, []  # updates done; (loss, gradient norm) of those since the last log line
     saved = load_checkpoint(run) if earlier else None
     if saved:
@@ -361,8 +341,6 @@ def main():
     micro = a.micro_batch or a.batch_size
     kinds = M.token_kinds(tokenizer.pieces, text.counts)
     sights = corpora.with_ends(valid[:64]).to(device)  # what the diagnosis looks at
-    sight_noise = [{p: M.draw(EVAL_SEED, 1 + i, p, len(sights), T).to(device)
-                    for p in (M.POOL, M.SELECT, M.HALF)} for i in range(3)]
     flops = sum(map(flops_at, range(step)))
     bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
                mininterval=0.2 if sys.stderr.isatty() else 30)
@@ -406,10 +384,7 @@ def main():
                     return M.choose(tokens, k, now_score, a.select, a.pool, noise)
 
                 with amp():
-                    entry["masked"] = M.diagnose(model, sights, k, choose_now, sight_noise, kinds)
-                    if types:
-                        entry["masked"]["type_rank_correlation"] = M.type_rank_correlation(
-                            types, model, sights, 2 * k, sight_noise[0])
+                    entry["masked"] = M.diagnose(model, sights, k, choose_now, kinds, types)
                 entry["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
                 bar.write(f"step {step:6}  held-out loss {entry['val_loss']:.3f} (unigram entropy "
                           f"{text.unigram_entropy:.3f})  accuracy {entry['val_accuracy']:.3f}")
@@ -479,9 +454,10 @@ def main():
     # Token type 1 is first used in fine-tuning: it begins there as a copy of type 0.
     weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
-    final = read_log(run)[-1]
-    print(f"{run}: held-out loss {final['val_loss']:.3f} nats, "
-          f"{text.unigram_entropy - final['val_loss']:.2f} below the unigram entropy\n"
+    lock.close()
+    loss, _ = evaluate(model, valid, amp, device)
+    print(f"{run}: held-out loss {loss:.3f} nats, {text.unigram_entropy - loss:.2f} below the "
+          f"unigram entropy\n"
           f'see what it masks:  python masking.py {run} "The function returns a new array."')
 
 

@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 from data.files import (
-    UserError, load_tensors, read_json, save_tensors, sha256_file, write_atomic,
+    UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, write_atomic,
+    write_json,
 )
 
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
@@ -96,8 +97,9 @@ def open_run(a, given, may_change):
     if "resume" in given and finished:
         raise UserError(f"{run} is finished: there is nothing to resume")
     config = read_json(config)
-    own = config.get("flags")
-    if not isinstance(own, dict) or not set(own) >= set(a) - {"resume", "eval"}:
+    own, names = config.get("flags"), set(a) - {"resume", "eval"}
+    if not (isinstance(own, dict) and set(own) == names and {
+            "corpus_sha256", "tokenizer_sha256", "teacher_sha256"} <= set(config)):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
     for name in sorted(given - {"resume", "eval", "preset", "out"} - may_change):
         if a[name] != own[name]:
@@ -105,6 +107,36 @@ def open_run(a, given, may_change):
                             "change: leave the flag out, or start a run with another --out")
     return {**own, **{name: a[name] for name in given & may_change}, "out": str(run),
             "eval": a.get("eval")}, config
+
+
+def begin_run(run, earlier, tokenizer_path, config):
+    """Make the run folder with its config.json and tokenizer.model, or check that an `earlier` run
+    is continued with the corpus and teacher it had. -> the folder's lock, to be kept alive."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {run}: {error.strerror}")
+    lock = lock_folder(run)
+    if earlier:
+        for what in ("corpus", "tokenizer", "teacher"):
+            if earlier[f"{what}_sha256"] != config[f"{what}_sha256"]:
+                raise UserError(f"the {what} is not the one that {run} began with")
+    else:
+        if (run / "config.json").exists():
+            raise UserError(f"{run} was begun by another process just now")
+        write_atomic(run / "tokenizer.model", tokenizer_path.read_bytes())
+        write_json(run / "config.json", config)  # last: a folder that has it is a run
+    return lock
+
+
+def spent_flops(run):
+    """(FLOPs of a finished run, FLOPs of the training of its teacher). UserError if unfinished."""
+    if not (Path(run) / "model.pt").exists():
+        raise UserError(f"{run} is not a finished run")
+    config = read_json(Path(run) / "config.json")
+    if not {"flops", "teacher_flops"} <= set(config):
+        raise UserError(f"{run} was made by another version of train.py")
+    return config["flops"], config["teacher_flops"]
 
 
 def save_checkpoint(run, state):

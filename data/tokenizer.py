@@ -5,6 +5,7 @@ text "[MASK]", is ever encoded to one of them.
 """
 
 import io
+import string
 from pathlib import Path
 
 import sentencepiece
@@ -15,6 +16,7 @@ PAD, UNK, CLS, SEP, MASK = range(5)
 N_SPECIAL = 5  # ordinary tokens are the ids from here on
 MIN_VOCAB = 300  # 5 special tokens, 256 byte pieces, and an alphabet
 MAX_VOCAB = 65536  # token ids are stored as uint16
+PRINTABLE = set(string.digits + string.ascii_letters + string.punctuation)
 
 
 class Tokenizer:
@@ -33,6 +35,9 @@ class Tokenizer:
             raise UserError(f"{path} is not a sentencepiece model")
         self.vocab_size = self.sp.vocab_size()
         self.pieces = [self.sp.id_to_piece(i) for i in range(self.vocab_size)]
+        for i, piece in enumerate(self.pieces):  # a byte that is a character is shown as that
+            if self.sp.is_byte(i) and chr(int(piece[1:-1], 16)) in PRINTABLE:
+                self.pieces[i] = chr(int(piece[1:-1], 16))
 
     def encode(self, text, threads=1):
         """A string -> list of ids; a list of strings -> list of lists, encoded in parallel."""

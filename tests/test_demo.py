@@ -1,0 +1,123 @@
+"""python masking.py RUN "..." on a run made by hand.   python -m pytest tests/test_demo.py -q"""
+
+import re
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+
+import masking as M
+from data import corpus as corpora
+from data.files import save_tensors, write_json
+from data.tokenizer import CLS, MASK, SEP
+from model import Bert, Shape, load
+from tests.test_data import write_corpus
+
+ROOT = Path(__file__).parent.parent
+SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("demo")
+    source = write_corpus(folder / "text.txt")
+    text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
+    torch.manual_seed(0)
+    model = Bert(Shape(600, 2, 64, 64, init_std=0.3))
+    run = folder / "run"
+    run.mkdir()
+    (run / "tokenizer.model").write_bytes(text.tokenizer_path.read_bytes())
+    flags = {"corpus": str(source), "vocab_size": 600, "cache": str(folder / "cache")}
+    write_json(run / "config.json", {"flags": flags, "tokenizer_sha256": text.tokenizer.sha256})
+    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict()})
+    return run
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["masking.py", *map(str, argv)])
+    runpy.run_path(str(ROOT / "masking.py"), run_name="__main__")
+
+
+def test_exact_entropy_is_one_token_masked_at_a_time(run):
+    model, tokenizer = load(run)
+    tokens = torch.tensor([CLS, *tokenizer.encode(SENTENCE), SEP])
+    H, logits = M.exact_entropy(model, tokens)
+    assert len(H) == len(tokens) - 2
+    for i in (1, 4, len(tokens) - 2):
+        masked = tokens.clone()
+        masked[i] = MASK
+        with torch.no_grad():
+            p = model(masked[None])[0, i].double().softmax(-1)
+        assert H[i - 1].item() == pytest.approx(-(p * p.log()).sum().item(), abs=1e-4)
+
+
+def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, capsys):
+    call(monkeypatch, run, SENTENCE, "--mask-rate", "0.2")
+    out = capsys.readouterr().out
+    model, tokenizer = load(run)
+    rows, k = M.explain(model, tokenizer, SENTENCE, 0.2, 0)
+    assert k == round(0.2 * len(rows)) and "\033" not in out  # not a terminal: no colour
+    for name in M.DEMO:
+        assert sum(name in names for _, _, _, names in rows) == k
+    table = out.split("best guesses")[1].rstrip().splitlines()[1:]
+    assert len(table) == len(rows)
+    for piece, H, guesses, names in rows:
+        assert f"[{H:.1f}]" in out and len(guesses) == 5
+        assert sum(p for _, p in guesses) <= 1.0001
+        assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
+
+
+def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    call(monkeypatch, run, SENTENCE)
+    assert "\033[48;2;" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    call(monkeypatch, run, SENTENCE)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_the_page_is_self_contained_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
+    page = tmp_path / "a page.html"
+    call(monkeypatch, run, SENTENCE, "--html", page)
+    html = page.read_text()
+    assert "&lt;" in html and "&amp;" in html and "<every>" not in html
+    assert "prefers-color-scheme: dark" in html and not re.search(r"(src|href)=|@import|url\(", html)
+    model, tokenizer = load(run)
+    rows, k = M.explain(model, tokenizer, SENTENCE, 0.15, 0)
+    assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(M.DEMO)
+    assert "$" not in html  # every placeholder was filled
+    call(monkeypatch, run, SENTENCE, "--html", page)  # its own page may be made anew
+    page.write_text("a diary")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, run, SENTENCE, "--html", page)
+    assert page.read_text() == "a diary"
+    assert "name another" in capsys.readouterr().err
+
+
+def test_scores_are_compared_with_exact_entropies(run, monkeypatch, capsys):
+    call(monkeypatch, run, "--compare-scores", "3")
+    out = capsys.readouterr().out
+    assert "3 held-out sentences" in out
+    for line in ("masked and clear", "masked and exact", "clear and exact"):
+        values = re.search(line + r" +(-?\d\.\d+) +(-?\d\.\d+)", out).groups()
+        assert all(-1 <= float(v) <= 1 for v in values)
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "python train.py --masking self"),
+    (["RUN"], "give a sentence"),
+    (["RUN", "a"], "from 2 to 62"),
+    (["RUN", "token " * 100], "from 2 to 62"),
+    (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
+    (["nowhere", "a b c d"], "not a run folder"),
+])
+def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *[run if a == "RUN" else a for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
