@@ -81,7 +81,7 @@ def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
     assert "\033" not in capsys.readouterr().out
 
 
-def test_the_page_is_self_contained_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
+def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
     page = tmp_path / "a page.html"
     call(monkeypatch, run, SENTENCE, "--html", page)
     html = page.read_text()
