@@ -70,6 +70,12 @@ def entropy(logits):
     return (total.log() - torch.linalg.vecdot(e, z) / total).clamp_min(0)
 
 
+def entropy_of(log_p):
+    """H = -sum_v p_v ln p_v from log-probabilities: (N, V) -> (N,), nats."""
+    rows = max(1, (CHUNK >> 2) // log_p.shape[-1])
+    return -torch.cat([torch.linalg.vecdot(part.exp(), part) for part in log_p.split(rows)])
+
+
 CHUNK = 1 << 19  # logits at once: 2 MiB of float32 stay in a core's cache, and no (B, T, V) tensor
 
 

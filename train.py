@@ -431,8 +431,7 @@ def main():
                 loss = (1 - a.alpha) * loss + a.alpha * distillation_loss(logits, taught, a.tau)
             if types:
                 shown = inputs.gather(1, positions).flatten() == MASK
-                log_q = log_p.detach()
-                sightings.append((labels, -torch.linalg.vecdot(log_q.exp(), log_q), shown.float()))
+                sightings.append((labels, M.entropy_of(log_p.detach()), shown.float()))
             # All rows have k masked tokens: the mean over the batch is the mean of these means.
             (loss * (micro / a.batch_size)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)

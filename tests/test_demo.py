@@ -86,7 +86,8 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
     call(monkeypatch, run, SENTENCE, "--html", page)
     html = page.read_text()
     assert "&lt;" in html and "&amp;" in html and "<every>" not in html
-    assert "prefers-color-scheme: dark" in html and not re.search(r"(src|href)=|@import|url\(", html)
+    assert "prefers-color-scheme: dark" in html
+    assert not re.search(r"(src|href)=|@import|url\(", html)
     model, tokenizer = load(run)
     rows, k = M.explain(model, tokenizer, SENTENCE, 0.15, 0)
     assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(M.DEMO)

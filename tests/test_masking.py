@@ -53,7 +53,9 @@ def test_draws_are_a_function_of_seed_step_purpose_and_row():
 def test_entropy_equals_float64():
     logits = torch.randn(50, V, generator=torch.Generator().manual_seed(0)) * 6
     p = logits.double().softmax(-1).numpy()
-    assert np.allclose(M.entropy(logits).numpy(), -(p * np.log(p)).sum(-1), atol=1e-5)
+    H = -(p * np.log(p)).sum(-1)
+    assert np.allclose(M.entropy(logits).numpy(), H, atol=1e-5)
+    assert np.allclose(M.entropy_of(logits.log_softmax(-1)).numpy(), H, atol=1e-5)
 
 
 def test_entropy_of_uniform_and_of_certain():
