@@ -384,7 +384,7 @@ def html_page(rows, k, title, most):
         + "</td></tr>\n" for piece, H, guesses, names in rows)
     template = Template((Path(__file__).parent / "data" / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
-        title=escape(title), k=k, n=len(rows), most=f"{most:.1f}", body=body,
+        title=escape(title), k=k, n=len(rows), most=f"{most:.0f}", body=body,
         head="".join(f"<th>{name}</th>" for name in DEMO),
         sentence="".join(span(piece, H, guesses) for piece, H, guesses, _ in rows))
 
@@ -443,15 +443,15 @@ def main():
     if not a.sentence:
         raise UserError(f'give a sentence:  python masking.py {a.run} "The function returns it."')
     rows, k = explain(model, tokenizer, a.sentence, a.mask_rate, a.seed)
-    most = float(np.log(model.shape.vocab_size))
+    most = float(np.ceil(max(H for _, H, _, _ in rows)))  # the hot end of the colours
     if a.html:
         page = Path(a.html)
         if page.exists() and b"made by masking.py" not in page.read_bytes()[:300]:
             raise UserError(f"{page} exists and is not a page of this program: name another")
         write_atomic(page, html_page(rows, k, a.run, most).encode())
-    print(f"{k} of {len(rows)} tokens masked. Entropies (0 to ln V = {most:.1f} nats) and guesses: "
-          "each token masked alone.\nclear: the highest entropies of the intact text; high to mix: "
-          "in a random pool of twice as many, all masked.")
+    print(f"{k} of {len(rows)} tokens masked. Entropies in nats, and guesses: each token masked "
+          "alone.\nclear: the highest entropies of the intact text; high to mix: in a random pool "
+          "of twice as many,\nall masked.")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 

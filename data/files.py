@@ -4,6 +4,7 @@ A user's mistake is a `UserError`: one line on stderr that says what to do, exit
 else that goes wrong is our bug and keeps its traceback.
 """
 
+import errno
 import hashlib
 import io
 import json
@@ -28,6 +29,12 @@ def run_script(main):
         return main()
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise
+        print(f"error: cannot write: {error.strerror}; what is on disk is whole: make room, then "
+              "give the command again (train.py: with --resume)", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted: nothing that was finished is lost", file=sys.stderr)
