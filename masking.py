@@ -30,8 +30,10 @@ from string import Template
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
-from data.files import UserError, read_json, run_script, write_atomic
+from data.files import UserError, load_tensors, read_json, run_script, write_atomic
+from data.metrics import spearman
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import load
 
@@ -72,11 +74,14 @@ def entropy(logits):
 
 def entropy_of(log_p):
     """H = -sum_v p_v ln p_v from log-probabilities: (N, V) -> (N,), nats."""
-    rows = max(1, (CHUNK >> 2) // log_p.shape[-1])
-    return -torch.cat([torch.linalg.vecdot(part.exp(), part) for part in log_p.split(rows)])
+    parts = log_p.split(chunk_rows(log_p, log_p.shape[-1]))
+    return -torch.cat([torch.linalg.vecdot(part.exp(), part) for part in parts])
 
 
-CHUNK = 1 << 19  # logits at once: 2 MiB of float32 stay in a core's cache, and no (B, T, V) tensor
+def chunk_rows(x, vocab_size):
+    """Rows of logits to hold at once, so that there never is a (B, T, V) tensor: on a CPU 2 MiB
+    of float32, which stay in a core's cache; on a GPU 256 MiB, to launch few kernels."""
+    return max(1, (1 << (26 if x.is_cuda else 19)) // vocab_size)
 
 
 def entropy_at(model, tokens, positions):
@@ -88,8 +93,8 @@ def entropy_at(model, tokens, positions):
     model.eval()
     with torch.inference_mode():
         hidden = model.encode(tokens, positions).flatten(0, 1)  # (B c, d)
-        rows = max(1, CHUNK // model.shape.vocab_size)
-        H = torch.cat([entropy(model.logits(part)) for part in hidden.split(rows)])
+        parts = hidden.split(chunk_rows(hidden, model.shape.vocab_size))
+        H = torch.cat([entropy(model.logits(part)) for part in parts])
     model.train(was_training)
     return H.view_as(positions).clone()  # a clone outside inference mode is an ordinary tensor
 
@@ -155,7 +160,7 @@ def mid(H, u):
 def sample(H, u):
     """ln H + Gumbel noise: its top k are k draws without replacement, each proportional to H."""
     gumbel = -(-u.clamp(1e-7, 1 - 1e-7).log()).log()
-    return H.clamp_min(1e-7).log() + gumbel  # the floor keeps H = 0 a candidate, if the last one
+    return H.clamp_min(1e-7).log() + gumbel  # ln 0 would be -inf, the score of a special token
 
 
 SELECT_RULES = {"high": high, "low": low, "mid": mid, "sample": sample}  # and mix, in choose
@@ -193,8 +198,7 @@ def choose(tokens, k, score, select, pool, noise):
     H = score(tokens, candidates)
     H = H.masked_fill(~maskable.gather(1, candidates), torch.nan)  # [SEP]s inside a pool of all
     if select == "mix":
-        by_entropy = spread(high(H, None), candidates, tokens.shape)
-        half = top_k(by_entropy, k // 2, noise[SELECT])
+        half = top_k(spread(H, candidates, tokens.shape), k // 2, noise[SELECT])
         return top_k(equal.scatter(1, half, 1.0), k, noise[HALF])
     scores = SELECT_RULES[select](H, noise[SELECT].gather(1, candidates))
     return top_k(spread(scores, candidates, tokens.shape), k, noise[SELECT])
@@ -228,10 +232,33 @@ def mask_count(rate, T):
 
 
 # --------------------------------------------------------------------------------------------------
-# what a strategy masks
+# how well it predicts, and what a strategy masks
+
+EVAL_SEED = 260528526  # one constant: every arm, seed and restart is evaluated on the same masks
+EVAL_RATE = 0.15  # whatever the training rate
+DIAGNOSIS_SEED = 2605  # likewise: every step and arm is looked at with the same noise
 
 
-DIAGNOSIS_SEED = 2605  # one constant: every step and arm is looked at with the same noise
+@torch.inference_mode()
+def evaluate(model, tokens, amp):
+    """Mean loss (nats) and accuracy on tokens (N, T) at 15 % random masks, the same every time.
+
+    amp() is the context in which the model runs. Leaves eval mode on.
+    """
+    model.eval()
+    (N, T), k = tokens.shape, mask_count(EVAL_RATE, tokens.shape[1])
+    noise = draw(EVAL_SEED, 0, SELECT, N, T).to(tokens.device)
+    u = draw(EVAL_SEED, 0, REPLACE, N, 2 * k).view(N, k, 2).to(tokens.device)
+    positions = choose(tokens, k, None, None, 0, {SELECT: noise})
+    inputs = replace(tokens, positions, u, model.shape.vocab_size)
+    labels = tokens.gather(1, positions)
+    loss = right = 0
+    for x, p, y in zip(inputs.split(64), positions.split(64), labels.split(64)):
+        with amp():
+            logits = model(x, p).flatten(0, 1).float()
+        loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+        right += (logits.argmax(-1) == y.flatten()).sum().item()
+    return loss / labels.numel(), right / labels.numel()
 
 
 def token_kinds(pieces, counts):
@@ -241,18 +268,19 @@ def token_kinds(pieces, counts):
     not among them: the tokenizer folds case, and ids do not remember it.)
     """
     counts = torch.as_tensor(np.where(np.arange(len(counts)) < N_SPECIAL, 0, counts))
+    pieces = ["" if p.startswith("<0x") else p for p in pieces]  # bytes of rare characters
     frequent = torch.zeros(len(pieces), dtype=torch.bool)
     frequent[counts.argsort(descending=True, stable=True)[:100]] = True
     return {
-        "word_internal": torch.tensor([not p.startswith("▁") for p in pieces]),
-        "number": torch.tensor([any(c.isdigit() for c in p) and len(p) < 6 for p in pieces]),
+        "word_internal": torch.tensor([p[:1].isalnum() for p in pieces]),  # no "▁" before it
+        "number": torch.tensor([any(c.isdigit() for c in p) for p in pieces]),
         "frequent": frequent,  # the 100 most frequent
         "rare": counts < 100,  # seen fewer than 100 times
     }
 
 
 def diagnose(model, tokens, k, choose_now, kinds, types=None):
-    """What the strategy masks, next to all tokens: a dict for the log.
+    """What the strategy masks, next to all tokens: a dict for the log. Leaves eval mode on.
 
     choose_now(tokens, noise) -> positions is the strategy as it is at this step; tokens (B, T).
     The noise is the same at every step and in every run. Pairs are [chosen, all]:
@@ -265,6 +293,7 @@ def diagnose(model, tokens, k, choose_now, kinds, types=None):
     """
     noise = [{p: draw(DIAGNOSIS_SEED, i, p, *tokens.shape).to(tokens.device)
               for p in (POOL, SELECT, HALF)} for i in range(3)]
+    model.eval()
     chosen, again = choose_now(tokens, noise[0]), choose_now(tokens, noise[1])
     anywhere = choose(tokens, k, None, None, 0, noise[2])
     maskable = tokens >= N_SPECIAL
@@ -286,27 +315,17 @@ def diagnose(model, tokens, k, choose_now, kinds, types=None):
     pairs["overlap"] = [overlap.item(), (k * len(tokens) / maskable.sum()).item()]
     report = {"rate": rate.item(), **pairs}
     if types:
-        candidates = choose(tokens, 2 * k, None, None, 0, noise[2])
+        c = min(2 * k, maskable.sum(1).min().item())
+        candidates = choose(tokens, c, None, None, 0, noise[2])
         fresh = masked_entropy(model, tokens, candidates)
         report["type_rank_correlation"] = spearman(types(tokens, candidates), fresh)
     return report
 
 
-def spearman(a, b):
-    """Spearman's rank correlation of two tensors; ties share their mean rank; constant: 0."""
-    ranks = []
-    for x in (a, b):
-        _, group, size = x.flatten().unique(return_inverse=True, return_counts=True)
-        mean_rank = size.cumsum(0) - (size - 1) / 2
-        ranks.append(mean_rank[group].double() - (x.numel() + 1) / 2)
-    scale = ranks[0].norm() * ranks[1].norm()
-    return (ranks[0] @ ranks[1] / scale).item() if scale > 0 else 0.0
-
-
 # --------------------------------------------------------------------------------------------------
 # the demonstration
 
-DEMO = {  # column -> (select, score, pool); "clear" is the paper read literally
+DEMO = {  # column -> (select, score, pool); clear: the paper read literally
     "random": (None, None, 0), "clear": ("high", clear_entropy, 0),
     **{select: (select, masked_entropy, 2) for select in ("high", "low", "mid", "sample", "mix")},
 }
@@ -322,8 +341,8 @@ def exact_entropy(model, tokens):
     return entropy(logits), logits
 
 
-def explain(model, tokenizer, text, rate, seed):
-    """A sentence -> (a row per token: piece, H, five best guesses, columns that mask it), k."""
+def explain(model, tokenizer, text, strategies, rate, seed):
+    """A sentence -> (a row per token: piece, H, five best guesses, {strategy: masked?}), k."""
     ids = tokenizer.encode(text)
     if not 2 <= len(ids) <= model.shape.seq_len - 2:
         raise UserError(f"the sentence has {len(ids)} tokens: this model reads from 2 to "
@@ -332,8 +351,8 @@ def explain(model, tokenizer, text, rate, seed):
     k = mask_count(rate, len(ids) + 2)
     noise = {p: draw(seed, 0, p, *tokens.shape) for p in (POOL, SELECT, HALF)}
     masked = {}
-    for name, (select, how, pool) in DEMO.items():
-        pool = pool if pool * k <= len(ids) else 0
+    for name, (select, how, pool) in strategies.items():
+        pool = min(pool, len(ids) // k)
         how = how and (lambda t, c, how=how: how(model, t, c))
         masked[name] = set(choose(tokens, k, how, select, pool, noise)[0].tolist())
     H, logits = exact_entropy(model, tokens[0])
@@ -343,7 +362,7 @@ def explain(model, tokenizer, text, rate, seed):
         guesses = [(tokenizer.pieces[v].replace("▁", " ").strip() or "_", p)
                    for v, p in zip(top.indices[i].tolist(), top.values[i].tolist())]
         rows.append((tokenizer.pieces[token], H[i].item(), guesses,
-                     [name for name in DEMO if i + 1 in masked[name]]))
+                     {name: i + 1 in masked[name] for name in strategies}))
     return rows, k
 
 
@@ -362,10 +381,10 @@ def print_rows(rows, most, colour):
         text = piece.replace("▁", "")
         line += (" " if piece.startswith("▁") and line else "") + (
             heat(text, H) if colour else f"{text}[{H:.1f}]")
-    print(f"\n{line}\n\n{'token':16} nats  " + " ".join(DEMO) + "   best guesses where masked")
-    for piece, H, guesses, names in rows:
-        marks = " ".join(("#" if name in names else ".").center(len(name)) for name in DEMO)
-        text = ", ".join(f"{guess} {p:.0%}" for guess, p in guesses) if names else ""
+    print(f"\n{line}\n\n{'token':16} nats  " + " ".join(rows[0][3]) + "   best guesses")
+    for piece, H, guesses, masked in rows:
+        marks = " ".join(("#" if m else ".").center(len(name)) for name, m in masked.items())
+        text = ", ".join(f"{guess} {p:.0%}" for guess, p in guesses) * any(masked.values())
         print(f"{heat(piece.replace('▁', ' ')[:16].ljust(16), H)} {H:4.1f}  {marks}   {text}")
 
 
@@ -379,46 +398,14 @@ def html_page(rows, k, title, most):
 
     body = "".join(
         f'<tr><td>{span(piece, H, guesses)}</td><td class="n">{H:.1f}</td>'
-        + "".join(f'<td class="m">{"●" if name in names else ""}</td>' for name in DEMO)
-        + "<td>" + (", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in guesses) if names else "")
-        + "</td></tr>\n" for piece, H, guesses, names in rows)
+        + "".join(f'<td class="m">{"●" * m}</td>' for m in masked.values())
+        + "<td>" + ", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in guesses)
+        * any(masked.values()) + "</td></tr>\n" for piece, H, guesses, masked in rows)
     template = Template((Path(__file__).parent / "data" / "page.html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title), k=k, n=len(rows), most=f"{most:.0f}", body=body,
-        head="".join(f"<th>{name}</th>" for name in DEMO),
+        head="".join(f"<th>{name}</th>" for name in rows[0][3]),
         sentence="".join(span(piece, H, guesses) for piece, H, guesses, _ in rows))
-
-
-def compare_scores(run, sentences, model, tokenizer):
-    """Print how masked and clear scores rank the tokens of held-out sentences, against the exact
-    entropy: Spearman's correlation over all scored tokens, and its mean within a sentence."""
-    from data import corpus
-
-    flags = read_json(Path(run) / "config.json")["flags"]
-    text = corpus.load(corpus.prepare(flags["corpus"], flags["vocab_size"], flags["cache"]),
-                       model.shape.seq_len)
-    ends = [i for i, piece in enumerate(tokenizer.pieces) if piece in (".", "?", "!", "[SEP]")]
-    stream = text.valid.ravel().astype(np.int64)
-    cuts = np.flatnonzero(np.isin(stream, ends)) + 1
-    parts = [p[p >= N_SPECIAL] for p in np.split(stream, cuts)]
-    parts = [p for p in parts if 10 <= len(p) <= min(60, model.shape.seq_len - 2)][:sentences]
-    scores = {"masked": [], "clear": [], "exact": []}
-    for step, ids in enumerate(parts):
-        tokens = torch.tensor([[CLS, *ids, SEP]])
-        noise = draw(0, step, SELECT, *tokens.shape)
-        c = 2 * mask_count(0.15, tokens.shape[1])
-        candidates = choose(tokens, c, None, None, 0, {SELECT: noise})  # the pool of training
-        scores["masked"].append(masked_entropy(model, tokens, candidates)[0])
-        scores["clear"].append(clear_entropy(model, tokens, candidates)[0])
-        scores["exact"].append(exact_entropy(model, tokens[0])[0][candidates[0] - 1])
-    print(f"{run}: {len(parts)} held-out sentences, {sum(map(len, scores['exact']))} tokens scored")
-    print("Spearman           all tokens   within a sentence")
-    for a, b in (("masked", "clear"), ("masked", "exact"), ("clear", "exact")):
-        within = np.mean([spearman(x, y) for x, y in zip(scores[a], scores[b])])
-        print(f"{a + ' and ' + b:18} {spearman(torch.cat(scores[a]), torch.cat(scores[b])):10.3f}"
-              f"   {within:17.3f}")
-    for name, H in scores.items():
-        print(f"mean {name:6} entropy {torch.cat(H).mean().item():.2f} nats")
 
 
 def main():
@@ -429,8 +416,6 @@ def main():
     parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--html", metavar="FILE", help="also write the result as a web page")
-    parser.add_argument("--compare-scores", type=int, metavar="N", help="instead: rank correlation "
-                        "of masked and clear scores with exact entropies on N held-out sentences")
     a = parser.parse_args()
     if not a.run:
         raise UserError("give a run folder and a sentence; a run is made in minutes by  "
@@ -438,15 +423,19 @@ def main():
     if not 0 < a.mask_rate <= 0.5 or a.seed < 0:
         raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
     model, tokenizer = load(a.run)
-    if a.compare_scores:
-        return compare_scores(a.run, a.compare_scores, model, tokenizer)
     if not a.sentence:
         raise UserError(f'give a sentence:  python masking.py {a.run} "The function returns it."')
-    rows, k = explain(model, tokenizer, a.sentence, a.mask_rate, a.seed)
+    strategies = dict(DEMO)
+    if read_json(Path(a.run) / "config.json")["flags"].get("score_input") == "type":
+        types = TypeEntropy(model.shape.vocab_size)
+        types.mean, types.seen = load_tensors(Path(a.run) / "checkpoint.pt")["types"]
+        strategies["type"] = ("high", lambda model, *where: types(*where), 2)
+    rows, k = explain(model, tokenizer, a.sentence, strategies, a.mask_rate, a.seed)
     most = float(np.ceil(max(H for _, H, _, _ in rows)))  # the hot end of the colours
     if a.html:
         page = Path(a.html)
-        if page.exists() and b"made by masking.py" not in page.read_bytes()[:300]:
+        if page.exists() and not (
+                page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
         write_atomic(page, html_page(rows, k, a.run, most).encode())
     print(f"{k} of {len(rows)} tokens masked. Entropies in nats, and guesses: each token masked "

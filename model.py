@@ -1,10 +1,11 @@
 """BERT, by hand: embeddings, post-LN transformer blocks, and the masked-language-model head.
 
-Two things differ from the textbook, and both are exact:
+Two things differ from the textbook:
 
 1. Only masked positions are predicted, so the last block computes queries, attention output and
    feed-forward at those k positions alone, and the head (the most expensive matrix of a small
-   model) runs on them alone. Keys and values of the last block still come from every position.
+   model) runs on them alone. Keys and values of the last block still come from every position:
+   this is exact.
 2. Positions are rotary (RoFormer, Su et al. 2021, arXiv 2104.09864) with a *local start* by
    default: an initialisation that lets a small model leave the unigram plateau. `learned` is BERT
    as published. README, "Leaving the plateau", has the measurements.
@@ -226,10 +227,10 @@ def copy_weights(model, teacher):
     ours, theirs = model.shape, teacher.shape
     stride = 2 if theirs.layers > ours.layers else 1
     same = all(getattr(ours, name) == getattr(theirs, name)
-               for name in ("vocab_size", "width", "positions", "seq_len"))
-    if not same or (ours.layers - 1) * stride >= theirs.layers:
-        raise UserError("--init-from-teacher needs a teacher of the same width, positions and "
-                        "--seq-len, with as many layers or about twice as many")
+               for name in ("vocab_size", "width", "positions", "rotary_base", "seq_len"))
+    if not same or theirs.layers not in (ours.layers, 2 * ours.layers - 1, 2 * ours.layers):
+        raise UserError("--init-from-teacher needs a teacher of the same width, positions, rotary "
+                        "base and --seq-len, with as many layers or twice as many")
     state = teacher.state_dict()
     for name in model.state_dict():
         if name.startswith("blocks."):

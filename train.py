@@ -13,18 +13,19 @@ torch, thread count and flags, a resumed run equals an uninterrupted one bit for
 
 import argparse
 import json
+import math
 import os
 import platform
-import resource
 import signal
 import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
-from data.files import UserError, run_script, save_tensors, sha256_file
+from data.files import UserError, peak_memory, run_script, save_tensors, sha256_file
 from data.runs import (
-    begin_run, check_flags, load_checkpoint, open_log, open_run, save_checkpoint, spent_flops,
+    begin_run, check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint,
+    spent_flops,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -56,23 +57,21 @@ FLAGS = {
         ("dropout", 0.1, "on embeddings, attention and block outputs"),
     ],
     "Masking": [
-        ("masking", "self", "where to mask: anywhere (random), by the uncertainty of a --teacher "
-         "(entropy), or by the model's own (self)", ("random", "entropy", "self")),
+        ("masking", "self", "anywhere, by the uncertainty of a --teacher, or by the model's own",
+         ("random", "entropy", "self")),
         ("teacher", "", "finished run that scores (--masking entropy) and teaches (--distill)"),
         ("select", "mix", "which entropies: highest, lowest, nearest the row's median, drawn in "
          "proportion, half highest and half random", ("high", "low", "mid", "sample", "mix")),
         ("score-input", "masked", "what the scoring model reads: all candidates masked, the intact "
-         "text, or nothing (type: a running mean per vocabulary item)",
-         ("masked", "clear", "type")),
+         "text, nothing (a running mean per vocabulary item)", ("masked", "clear", "type")),
         ("pool", 2, "candidates: a random pool of so many times the masked count; 0: all tokens"),
-        ("init-frac", -1.0, "share of the run that masks at random first (default 0.15 with "
-         "--masking self, else 0)"),
+        ("init-frac", -1.0, "share of the run that masks at random first (self: 0.15, else 0)"),
         ("mask-rate", 0.15, "share of the tokens that are masked"),
         ("mask-rate-end", -1.0, "rate at the end, reached linearly (default: constant)"),
     ],
     "Distillation": [
-        ("distill", "off", "learn from the --teacher's predictions: never, from the first step, or "
-         "once --init-frac is over", ("off", "complete", "after-init")),
+        ("distill", "off", "learn from the --teacher too: never, always, or after --init-frac",
+         ("off", "complete", "after-init")),
         ("alpha", 0.5, "weight of the teacher's predictions against the true tokens"),
         ("tau", 2.0, "temperature of both distributions"),
         ("init-from-teacher", False, "start from its weights (every second layer of a deeper one)"),
@@ -101,7 +100,8 @@ FLAGS = {
     ],
 }
 DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
-HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch"}  # may change when resuming
+# What may change when resuming; a corpus or teacher that moved is known by its hash.
+HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher"}
 
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
@@ -142,14 +142,16 @@ def parse_flags():
                 how = {"action": argparse.BooleanOptionalAction}
             group.add_argument(f"--{name}", help=text, **how)
     given = vars(parser.parse_args())
-    preset = PRESETS[given.pop("preset", "laptop")]
-    if preset:
-        print("preset: " + " ".join(f"--{n.replace('_', '-')} {v}" for n, v in preset.items()))
-        if "corpus" not in given and not {"resume", "eval"} & set(given):
-            refuse("this preset needs --corpus FILE, far more text than docs has")
-    flags = {**DEFAULTS, **preset, **given}
+    name = given.pop("preset", None)
+    flags = {**DEFAULTS, **PRESETS[name or "laptop"], **given}
     if not {"resume", "eval"} & set(given):
+        if name in ("gpu", "paper") and "corpus" not in given:
+            refuse(f"--preset {name} needs --corpus FILE, far more text than docs has")
         check_flags(flags, set(given))
+        if name:
+            print(f"preset {name}: " + " ".join(
+                f"--{'no-' * (v is False)}{n.replace('_', '-')}{'' if type(v) is bool else f' {v}'}"
+                for n, v in flags.items() if v != ""))
     return open_run(flags, set(given), HOW_NOT_WHAT)
 
 
@@ -166,29 +168,29 @@ from data import corpus as corpora
 from data.tokenizer import MASK
 from model import SIZES, Bert, Shape, copy_weights, forward_flops, load
 
-EVAL_SEED = 260528526  # one constant: every arm, seed and restart is evaluated on the same masks
-EVAL_RATE = 0.15  # whatever the training rate
-
 
 def lr_at(step, steps, peak, warmup_frac):
     """Linear warm-up, then linear decay; above 0 at the first update and at the last."""
-    warmup = round(warmup_frac * steps)
+    warmup = min(round(warmup_frac * steps), steps - 1)
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
 
 
-def mask_count_at(a, step):
-    return M.mask_count(a.mask_rate + (a.mask_rate_end - a.mask_rate) * step / a.steps, a.seq_len)
+def plan(a, step):
+    """-> (k masked tokens a row, do entropies choose them, does the teacher teach) at this step."""
+    rate = a.mask_rate + (a.mask_rate_end - a.mask_rate) * min(step, a.steps - 1) / a.steps
+    after_init = step >= a.init_frac * a.steps
+    return (M.mask_count(rate, a.seq_len), a.masking != "random" and after_init,
+            a.distill == "complete" or (a.distill == "after-init" and after_init))
 
 
 def step_flops(a, shape, scorer, teacher, step):
     """Matrix-multiply FLOPs of a step: training, and the forwards that score and teach."""
-    T, k = a.seq_len, mask_count_at(a, step)
-    flops = 3 * forward_flops(shape, T, k)
-    after_init = step >= a.init_frac * a.steps
-    if a.masking != "random" and a.score_input != "type" and after_init:
-        flops += forward_flops(scorer, T, a.pool * k or T - 2)
-    if a.distill == "complete" or (a.distill == "after-init" and after_init):
-        flops += forward_flops(teacher, T, k)
+    k, choosing, teaching = plan(a, step)
+    flops = 3 * forward_flops(shape, a.seq_len, k)
+    if choosing and a.score_input != "type":
+        flops += forward_flops(scorer, a.seq_len, a.pool * k or a.seq_len - 2)
+    if teaching:
+        flops += forward_flops(teacher, a.seq_len, k)
     return a.batch_size * flops
 
 
@@ -199,28 +201,6 @@ def distillation_loss(logits, taught, tau):
     """
     student, teacher = (logits / tau).log_softmax(-1), (taught / tau).log_softmax(-1)
     return tau**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
-
-
-@torch.inference_mode()
-def evaluate(model, blocks, amp, device):
-    """Mean loss (nats) and accuracy at 15 % random masks, the same ones every time."""
-    model.eval()
-    T, k = blocks.shape[1] + 2, M.mask_count(EVAL_RATE, blocks.shape[1] + 2)
-    noise = M.draw(EVAL_SEED, 0, M.SELECT, len(blocks), T)
-    u = M.draw(EVAL_SEED, 0, M.REPLACE, len(blocks), 2 * k).view(-1, k, 2)
-    loss = right = count = 0
-    for i in range(0, len(blocks), 64):
-        part = slice(i, i + 64)
-        tokens = corpora.with_ends(blocks[part])
-        positions = M.choose(tokens, k, None, None, 0, {M.SELECT: noise[part]})
-        inputs = M.replace(tokens, positions, u[part], model.shape.vocab_size)
-        labels = tokens.gather(1, positions).to(device).flatten()
-        with amp():
-            logits = model(inputs.to(device), positions.to(device)).flatten(0, 1).float()
-        loss += F.cross_entropy(logits, labels, reduction="sum").item()
-        right += (logits.argmax(-1) == labels).sum().item()
-        count += labels.numel()
-    return loss / count, right / count
 
 
 # --------------------------------------------------------------------------------------------------
@@ -249,12 +229,12 @@ def main():
     # ---- corpus and teacher ----------------------------------------------------------------------
     folder = corpora.prepare(a.corpus, a.vocab_size, a.cache)
     text = corpora.load(folder, a.seq_len, a.corpus_tokens)
-    valid = text.valid[:a.eval_blocks]
+    valid = corpora.with_ends(text.valid[:a.eval_blocks]).to(device)  # (N, T)
     tokenizer, V, T = text.tokenizer, text.tokenizer.vocab_size, a.seq_len
     if earlier and earlier["corpus_sha256"] != text.sha256:
         raise UserError(f"--corpus {a.corpus} is not the text that {run} began with")
     if a.eval:
-        loss, accuracy = evaluate(load(run)[0].to(device), valid, amp, device)
+        loss, accuracy = M.evaluate(load(run)[0].to(device), valid, amp)
         print(f"{run}: held-out loss {loss:.4f} nats (unigram entropy {text.unigram_entropy:.4f}), "
               f"accuracy {accuracy:.4f}")
         return
@@ -319,9 +299,11 @@ def main():
         "threads": torch.get_num_threads(), "dtype": dtype, "command": sys.argv,
     })
     step, recent = 0, []  # updates done; (loss, gradient norm) of those since the last log line
+    seconds = 0.0  # spent in updates
     saved = load_checkpoint(run) if earlier else None
     if saved:
         step, recent = saved["step"], list(saved["recent"].to(device))
+        seconds = saved["seconds"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         if types:
@@ -336,20 +318,26 @@ def main():
         stop.append(number)
         signal.signal(number, signal.SIG_DFL)
 
+    def not_finite(step):
+        bar.close()
+        print(f"error: the loss or its gradient is not finite at step {step}; the last checkpoint "
+              "is intact, but a lower --lr is needed", file=sys.stderr)
+        sys.exit(1)
+
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, on_signal)
     micro = a.micro_batch or a.batch_size
+    assert a.batch_size % micro == 0, "rows would be left out or counted twice"
     kinds = M.token_kinds(tokenizer.pieces, text.counts)
-    sights = corpora.with_ends(valid[:64]).to(device)  # what the diagnosis looks at
     flops = sum(map(flops_at, range(step)))
     bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
                mininterval=0.2 if sys.stderr.isatty() else 30)
     began, timed = time.perf_counter(), 0  # since the last log line: time, and steps in it
 
     while True:
-        after_init = step >= a.init_frac * a.steps
-        now_score = score if a.masking != "random" and after_init else None
-        k = mask_count_at(a, min(step, a.steps - 1))
+        k, choosing, teaching = plan(a, step)
+        now_score = score if choosing else None
 
         # ---- log, evaluate, save: everything that happens once in a while
         last = bool(stop) or step == a.steps
@@ -360,32 +348,32 @@ def main():
             values = torch.stack(recent)
             finite = values.isfinite().all(1)
             if not finite.all():
-                bar.close()
-                bad = step - len(recent) + 1 + finite.int().argmin().item()
-                print(f"error: the loss or its gradient is not finite at step {bad}; the last "
-                      "checkpoint is intact, but a lower --lr is needed", file=sys.stderr)
-                sys.exit(1)
+                not_finite(step - len(recent) + 1 + finite.int().argmin().item())
         if to_log and step != logged:
             entry = {"step": step, "tokens": step * a.batch_size * T}
             if recent:
-                seconds = time.perf_counter() - began
+                since = time.perf_counter() - began
+                seconds += since
                 entry |= {
                     "train_loss": values[:, 0].mean().item(),
                     "grad_norm": values[:, 1].mean().item(),
                     "lr": optimizer.param_groups[0]["lr"],
-                    "tokens_per_s": round(timed * a.batch_size * T / seconds),
+                    "tokens_per_s": round(timed * a.batch_size * T / since),
+                    "seconds": round(seconds, 1),
                 }
                 bar.set_postfix(loss=f"{entry['train_loss']:.2f}", refresh=False)
             entry |= {"flops": flops, "flops_with_teacher": flops + teacher_flops}
             if due:
-                entry["val_loss"], entry["val_accuracy"] = evaluate(model, valid, amp, device)
+                entry["val_loss"], entry["val_accuracy"] = M.evaluate(model, valid, amp)
+                if not math.isfinite(entry["val_loss"]):
+                    not_finite(step)
 
                 def choose_now(tokens, noise):
                     return M.choose(tokens, k, now_score, a.select, a.pool, noise)
 
                 with amp():
-                    entry["masked"] = M.diagnose(model, sights, k, choose_now, kinds, types)
-                entry["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+                    entry["masked"] = M.diagnose(model, valid[:64], k, choose_now, kinds, types)
+                entry["peak_memory_mb"] = peak_memory(device) >> 20
                 bar.write(f"step {step:6}  held-out loss {entry['val_loss']:.3f} (unigram entropy "
                           f"{text.unigram_entropy:.3f})  accuracy {entry['val_accuracy']:.3f}")
             log.write(json.dumps(entry) + "\n")
@@ -397,6 +385,7 @@ def main():
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "recent": torch.stack(recent) if recent else torch.zeros(0, 2),
                 "types": torch.stack([types.mean, types.seen]) if types else torch.zeros(0),
+                "seconds": seconds,
             })
         if last:
             break
@@ -407,7 +396,6 @@ def main():
         noise = {p: M.draw(a.seed, step, p, a.batch_size, T).to(device)
                  for p in (M.POOL, M.SELECT, M.HALF)}
         u = M.draw(a.seed, step, M.REPLACE, a.batch_size, 2 * k).view(-1, k, 2).to(device)
-        distilling = a.distill == "complete" or (a.distill == "after-init" and after_init)
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac)
         total, sightings = 0.0, []
@@ -425,7 +413,7 @@ def main():
             log_p = logits.log_softmax(-1)
             loss = F.nll_loss(log_p, labels)
             total += loss.detach() * (micro / a.batch_size)
-            if distilling:
+            if teaching:
                 with torch.no_grad(), amp():
                     taught = teacher(inputs, positions).flatten(0, 1).float()
                 loss = (1 - a.alpha) * loss + a.alpha * distillation_loss(logits, taught, a.tau)
@@ -454,7 +442,7 @@ def main():
     weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
     lock.close()
-    loss, _ = evaluate(model, valid, amp, device)
+    loss = read_log(run)[-1]["val_loss"]
     print(f"{run}: held-out loss {loss:.3f} nats, {text.unigram_entropy - loss:.2f} below the "
           f"unigram entropy\n"
           f'see what it masks:  python masking.py {run} "The function returns a new array."')

@@ -9,7 +9,7 @@ the Python, torch and numpy that are installed anyway, so that a first run needs
 The result is a folder in the cache, named after a hash of the files and settings that made it:
     train.bin, valid.bin   token ids, uint16, documents joined by [SEP]
     tokenizer.model        the vocabulary, learned from this corpus
-    meta.json              counts, hashes, the unigram entropy of the held-out text
+    meta.json              counts and hashes
 """
 
 import ast
@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 from data.files import UserError, lock_folder, read_json, sha256_file, write_atomic, write_json
 from data.tokenizer import (
-    CLS, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, SEP, UNK, Tokenizer, train_tokenizer,
+    CLS, MASK, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer,
 )
 
 FORMAT = 1  # raise it when the same text would give other tokens: old caches are then rebuilt
@@ -49,6 +49,7 @@ MIN_DOCUMENT = 16  # tokens; shorter ones share a [SEP], so that >= 16/17 of a b
 VALID_EVERY = 50  # one document in 50 is held out: 2 %
 TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly changes
 ENCODE_BATCH = 2_000_000  # characters handed to sentencepiece's threads at once
+PARTS = ("train.bin", "valid.bin", "tokenizer.model")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -137,6 +138,7 @@ def extract_docs(cache):
     target = cache / f"docs-{'-'.join(versions)}.txt"
     if target.exists():
         return target
+    lock = lock_folder(cache)
     stdlib = roots[0]
     files = [p for root in roots for p in sorted(root.rglob("*.py"))
              if root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts)]
@@ -156,6 +158,7 @@ def extract_docs(cache):
             if document:
                 documents.append("\n".join(document))
     write_atomic(target, "\n\n".join(documents).encode() + b"\n")
+    lock.close()
     return target
 
 
@@ -262,36 +265,44 @@ def prepare(corpus, vocab_size, cache="data/cache"):
     if (cache / name).is_dir():
         return cache / name
     building = cache / f"{name}.building"
-    building.mkdir(exist_ok=True)
+    try:
+        building.mkdir(exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {building}: {error.strerror}")
     lock = lock_folder(building)  # two runs that start together: the second is told to wait
+    try:
+        if not (cache / name).is_dir():  # it was not finished just before we held the lock
+            build(corpus, paths, vocab_size, key, building)
+            building.rename(cache / name)  # the whole folder appears at once, or not at all
+    except OSError as error:
+        raise UserError(f"cannot write the token cache in {cache}: {error.strerror}")
+    finally:
+        shutil.rmtree(building, ignore_errors=True)
+        lock.close()
+    return cache / name
+
+
+def build(corpus, paths, vocab_size, key, folder):
+    """Learn the vocabulary, encode the text, and write all of a cache folder but its name."""
     documents, characters, sample = sample_paragraphs(paths)
     if documents < 2:
         raise UserError(f"--corpus {corpus}: {documents} documents, too few to hold one out "
                         "(one paragraph a line, a blank line between documents)")
     print(f"corpus: {documents} documents, {characters / 1e6:.1f} million characters; "
           f"learning a vocabulary of {vocab_size} (some seconds)", flush=True)
-    try:
-        train_tokenizer(sample, vocab_size, building / "tokenizer.model")
-        tokenizer = Tokenizer(building / "tokenizer.model")
-        counts = encode_documents(paths, tokenizer, documents, characters, building)
-    except OSError as error:
-        shutil.rmtree(building, ignore_errors=True)
-        raise UserError(f"cannot write the token cache in {cache}: {error.strerror}")
+    train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    counts = encode_documents(paths, tokenizer, documents, characters, folder)
     if not counts["valid"][N_SPECIAL:].any() or not counts["train"][N_SPECIAL:].any():
         raise UserError(f"--corpus {corpus}: too small: nothing is left to train on or hold out")
-    write_json(building / "meta.json", {
+    write_json(folder / "meta.json", {
         "key": key,
         "documents": documents,
         "characters": characters,
         "train_tokens": int(counts["train"].sum()),
         "valid_tokens": int(counts["valid"].sum()),
-        "unigram_entropy": unigram_entropy(counts["valid"]),
-        "sha256": {f: sha256_file(building / f)
-                   for f in ("train.bin", "valid.bin", "tokenizer.model")},
+        "sha256": {name: sha256_file(folder / name) for name in PARTS},
     })
-    building.rename(cache / name)  # the whole folder appears at once, or not at all
-    lock.close()
-    return cache / name
 
 
 def load(folder, seq_len, max_tokens=0):
@@ -304,9 +315,10 @@ def load(folder, seq_len, max_tokens=0):
     `max_tokens` > 0 uses only the first so many training tokens. UserError on damage.
     """
     folder = Path(folder)
-    meta = read_json(folder / "meta.json")
-    for name, sha256 in meta["sha256"].items():
-        if not (folder / name).is_file() or sha256_file(folder / name) != sha256:
+    sha256 = read_json(folder / "meta.json").get("sha256")
+    for name in PARTS:
+        if not isinstance(sha256, dict) or not (folder / name).is_file() or (
+                sha256_file(folder / name) != sha256.get(name)):
             raise UserError(f"{folder / name} is damaged: delete {folder} and start again, "
                             "it is then built anew")
     n = seq_len - 2  # [CLS] and [SEP] take two places
@@ -323,10 +335,11 @@ def load(folder, seq_len, max_tokens=0):
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for i in range(0, len(blocks["train"]), 1 << 16):  # in pieces: bincount makes int64 copies
         counts += np.bincount(blocks["train"][i:i + (1 << 16)].ravel(), minlength=len(counts))
-    assert counts[[CLS, UNK]].sum() == 0, "no special token but [SEP] can come from text"
+    assert counts[[PAD, UNK, CLS, MASK]].sum() == 0, "no special token but [SEP] is in a text"
+    valid_counts = np.bincount(np.fromfile(folder / "valid.bin", np.uint16), minlength=len(counts))
     return SimpleNamespace(
         **blocks, tokenizer=tokenizer, tokenizer_path=folder / "tokenizer.model", counts=counts,
-        sha256=meta["sha256"]["train.bin"], unigram_entropy=meta["unigram_entropy"],
+        sha256=sha256["train.bin"], unigram_entropy=unigram_entropy(valid_counts),
     )
 
 

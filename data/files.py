@@ -5,18 +5,15 @@ else that goes wrong is our bug and keeps its traceback.
 """
 
 import errno
+import fcntl
 import hashlib
 import io
 import json
 import os
 import pickle
+import resource
 import sys
 from pathlib import Path
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock: there, two processes in one folder are not noticed
-    fcntl = None
 
 
 class UserError(Exception):
@@ -97,10 +94,12 @@ def save_tensors(path, value):
 
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    data = bytearray(buffer.getvalue())
-    assert data[-2:] == b"\0\0", "a zip archive without a comment ends in its length, 0"
-    data[-2:] = (64).to_bytes(2, "little")
-    write_atomic(path, bytes(data) + hashlib.sha256(data).hexdigest().encode())
+    end = buffer.seek(-2, io.SEEK_END)
+    assert buffer.read() == b"\0\0", "a zip archive without a comment ends in its length, 0"
+    buffer.seek(end)
+    buffer.write((64).to_bytes(2, "little"))
+    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    write_atomic(path, buffer.getbuffer())
 
 
 def load_tensors(path):
@@ -132,9 +131,18 @@ def lock_folder(folder):
         handle = open(Path(folder) / ".lock", "w")
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}")
-    if fcntl:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
     return handle
+
+
+def peak_memory(device):
+    """Bytes: on a GPU what torch allocated there, else the largest resident size of the process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

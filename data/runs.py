@@ -43,6 +43,11 @@ def check_flags(a, given):
     each("dropout init_frac warmup_frac", lambda v: 0 <= v < 1, "from 0 to below 1")
     each("mask_rate mask_rate_end alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
     each("seq_len", lambda v: v >= 16, "at least 16")
+    each("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head")
+    each("seed", lambda v: v < 2**63, "below 2^63")
+    for name in ("teacher", "flops_of"):
+        need(not a[name] or (Path(a[name]) / "model.pt").exists(),
+             f"--{name.replace('_', '-')} {a[name]}: not a finished run folder")
 
     self_or_teacher = a["masking"] != "random"
     for name in sorted({"select", "score_input", "pool"} & given):
@@ -82,6 +87,8 @@ def open_run(a, given, may_change):
     `given` must then agree, but for those in `may_change`. UserError for every folder in which
     something could be lost.
     """
+    if {"resume", "eval"} <= given or a.get("eval") == "":
+        raise UserError("--eval RUN only evaluates and needs a run folder; --resume goes on")
     run = Path(a.get("eval") or a.get("resume") or a["out"] or f"runs/{a['masking']}-{a['seed']}")
     config, finished = run / "config.json", (run / "model.pt").exists()
     if not {"resume", "eval"} & given:
@@ -91,22 +98,25 @@ def open_run(a, given, may_change):
             raise UserError(f"{run} is {what}")
         if run.exists() and (not run.is_dir() or set(os.listdir(run)) - BEFORE_CONFIG):
             raise UserError(f"{run} is there and is no run folder: give another --out")
-        return {**a, "eval": None}, None
+        return {**a, "eval": False}, None
     if not config.exists():
         raise UserError(f"{run} is not a run folder: it has no config.json")
     if "resume" in given and finished:
         raise UserError(f"{run} is finished: there is nothing to resume")
+    if "eval" in given and not finished:
+        raise UserError(f"{run} is not finished: continue it with  python train.py --resume {run}")
     config = read_json(config)
     own, names = config.get("flags"), set(a) - {"resume", "eval"}
     if not (isinstance(own, dict) and set(own) == names and {
             "corpus_sha256", "tokenizer_sha256", "teacher_sha256"} <= set(config)):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
-    for name in sorted(given - {"resume", "eval", "preset", "out"} - may_change):
+    for name in sorted(given - {"resume", "eval", "out"} - may_change):
         if a[name] != own[name]:
             raise UserError(f"{run} has --{name.replace('_', '-')} {own[name]}, and that cannot "
                             "change: leave the flag out, or start a run with another --out")
-    return {**own, **{name: a[name] for name in given & may_change}, "out": str(run),
-            "eval": a.get("eval")}, config
+    own |= {name: a[name] for name in given & may_change} | {"out": str(run)}
+    check_flags({**own, "flops_of": ""}, set())  # its FLOPs are in --steps by now
+    return {**own, "eval": "eval" in given}, config
 
 
 def begin_run(run, earlier, tokenizer_path, config):

@@ -41,6 +41,8 @@ class Tokenizer:
 
     def encode(self, text, threads=1):
         """A string -> list of ids; a list of strings -> list of lists, encoded in parallel."""
+        if isinstance(text, str):  # what a terminal passes on may hold bytes that are no text
+            text = text.encode("utf-8", "replace").decode()
         return self.sp.encode(text, num_threads=threads)
 
     def encode_with_masks(self, text):
@@ -92,11 +94,11 @@ def train_tokenizer(paragraphs, vocab_size, path):
             minloglevel=2,
         )
     except RuntimeError as error:
-        if "Vocabulary size" not in str(error):
+        if "required_chars" in str(error):
+            raise UserError(f"--vocab-size {vocab_size} does not hold the letters of this corpus: "
+                            "give a larger one")
+        if "<=" not in str(error):
             raise UserError(f"the text cannot train a tokenizer: {str(error)[:200]}")
-        limit = str(error).rpartition("<=")[2].strip(" .") or "a smaller number"
-        raise UserError(
-            f"--vocab-size {vocab_size} is more than this corpus supports: "
-            f"give more text, or at most {limit}"
-        )
+        raise UserError(f"--vocab-size {vocab_size} is more than this corpus supports: give more "
+                        f"text, or at most {str(error).rpartition('<=')[2].strip(' .')}")
     write_atomic(path, model.getvalue())

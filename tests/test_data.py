@@ -85,6 +85,10 @@ def test_missing_corpus_and_impossible_vocabulary(tmp_path):
     for size in (100, 70000):
         with pytest.raises(UserError, match="uint16"):
             corpora.prepare(str(source), size, tmp_path / "cache")
+    source.write_text("\n\n".join("".join(map(chr, range(0x400 + i, 0x4ff))) for i in range(9)))
+    with pytest.raises(UserError, match="does not hold the letters"):
+        corpora.prepare(str(source), 300, tmp_path / "cache")
+    write_corpus(source)
     with pytest.raises(UserError, match="more than this corpus supports.*at most [0-9]+"):
         corpora.prepare(str(source), 30000, tmp_path / "cache")
 
@@ -102,10 +106,10 @@ def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared)
         expected["valid" if i % 50 == 25 else "train"] += [*ids, SEP]
     for name, ids in expected.items():
         assert np.fromfile(folder / f"{name}.bin", np.uint16).tolist() == ids
-    meta = files.read_json(folder / "meta.json")
+    meta, text = files.read_json(folder / "meta.json"), corpora.load(folder, 34)
     counts = np.bincount(expected["valid"], minlength=600)[N_SPECIAL:]
     p = counts[counts > 0] / counts.sum()
-    assert meta["unigram_entropy"] == pytest.approx(-(p * np.log(p)).sum())
+    assert text.unigram_entropy == pytest.approx(-(p * np.log(p)).sum())
     assert meta["documents"] == 120 and meta["train_tokens"] == len(expected["train"])
 
 
@@ -177,9 +181,10 @@ def test_a_damaged_cache_is_refused(tmp_path):
             with pytest.raises(UserError, match=f"{name} is damaged: delete"):
                 corpora.load(folder, 32)
         (folder / name).write_bytes(good)
-    (folder / "meta.json").write_text("{")
-    with pytest.raises(UserError, match="meta.json is damaged"):
-        corpora.load(folder, 32)
+    for content in ("{", "{}", '{"sha256": {}}'):
+        (folder / "meta.json").write_text(content)
+        with pytest.raises(UserError, match="is damaged"):
+            corpora.load(folder, 32)
 
 
 # ---- batches

@@ -1,5 +1,6 @@
 """python masking.py RUN "..." on a run made by hand.   python -m pytest tests/test_demo.py -q"""
 
+import json
 import re
 import runpy
 import sys
@@ -58,16 +59,36 @@ def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, c
     call(monkeypatch, run, SENTENCE, "--mask-rate", "0.2")
     out = capsys.readouterr().out
     model, tokenizer = load(run)
-    rows, k = M.explain(model, tokenizer, SENTENCE, 0.2, 0)
+    rows, k = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.2, 0)
     assert k == round(0.2 * len(rows)) and "\033" not in out  # not a terminal: no colour
     for name in M.DEMO:
-        assert sum(name in names for _, _, _, names in rows) == k
+        assert sum(masked[name] for _, _, _, masked in rows) == k
     table = out.split("best guesses")[1].rstrip().splitlines()[1:]
     assert len(table) == len(rows)
-    for piece, H, guesses, names in rows:
+    for piece, H, guesses, masked in rows:
         assert f"[{H:.1f}]" in out and len(guesses) == 5
         assert sum(p for _, p in guesses) <= 1.0001
         assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
+
+
+def test_a_run_with_type_scores_has_a_column_for_them(run, monkeypatch, capsys, tmp_path):
+    for path in run.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    config = json.loads((run / "config.json").read_text())
+    config["flags"]["score_input"] = "type"
+    write_json(tmp_path / "config.json", config)
+    model, tokenizer = load(run)
+    sentence = "the model reads every token"
+    ids = tokenizer.encode(sentence)
+    types = M.TypeEntropy(600)
+    types.mean[:] = 0
+    types.mean[ids[3]] = 5.0
+    save_tensors(tmp_path / "checkpoint.pt", {"types": torch.stack([types.mean, types.seen])})
+    call(monkeypatch, tmp_path, sentence)
+    assert re.search(r"nats .* mix type ", capsys.readouterr().out)
+    strategies = {"type": ("high", lambda model, *where: types(*where), 0)}
+    rows, k = M.explain(model, tokenizer, sentence, strategies, 0.1, 0)
+    assert k == 1 and [masked["type"] for *_, masked in rows].index(True) == 3
 
 
 def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
@@ -89,7 +110,7 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
     assert "prefers-color-scheme: dark" in html
     assert not re.search(r"(src|href)=|@import|url\(", html)
     model, tokenizer = load(run)
-    rows, k = M.explain(model, tokenizer, SENTENCE, 0.15, 0)
+    rows, k = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.15, 0)
     assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(M.DEMO)
     assert "$" not in html  # every placeholder was filled
     call(monkeypatch, run, SENTENCE, "--html", page)  # its own page may be made anew
@@ -101,7 +122,8 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
 
 
 def test_scores_are_compared_with_exact_entropies(run, monkeypatch, capsys):
-    call(monkeypatch, run, "--compare-scores", "3")
+    monkeypatch.setattr(sys, "argv", ["compare_scores", str(run), "3"])
+    runpy.run_module("tests.compare_scores", run_name="__main__")
     out = capsys.readouterr().out
     assert "3 held-out sentences" in out
     for line in ("masked and clear", "masked and exact", "clear and exact"):
@@ -115,6 +137,7 @@ def test_scores_are_compared_with_exact_entropies(run, monkeypatch, capsys):
     (["RUN", "a"], "from 2 to 62"),
     (["RUN", "token " * 100], "from 2 to 62"),
     (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
+    (["RUN", "the model reads", "--html", "/"], "name another"),
     (["nowhere", "a b c d"], "not a run folder"),
 ])
 def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):

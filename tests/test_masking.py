@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import masking as M
+from data.metrics import spearman
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape
 
@@ -70,7 +71,7 @@ def test_entropy_of_uniform_and_of_certain():
 
 
 def test_entropy_at_equals_dense_and_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(M, "CHUNK", 3 * V)  # three rows at once: the chunks must fit together
+    monkeypatch.setattr(M, "chunk_rows", lambda *_: 3)  # the chunks must fit together
     model, tokens = small_model().train(), rows_of(4)
     where = torch.arange(1, 8).expand(4, 7)
     model(tokens).sum().backward()
@@ -263,12 +264,12 @@ def test_mask_count():
 
 def test_spearman_by_hand():
     a = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert M.spearman(a, a.exp()) == pytest.approx(1.0)
-    assert M.spearman(a, -a) == pytest.approx(-1.0)
+    assert spearman(a, a.exp()) == pytest.approx(1.0)
+    assert spearman(a, -a) == pytest.approx(-1.0)
     # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, norms^2 4.5 and 5
-    tied = M.spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
+    tied = spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
     assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert M.spearman(a, torch.ones(5)) == 0
+    assert spearman(a, torch.ones(5)) == 0
 
 
 def test_diagnosis_on_a_known_strategy():
@@ -283,6 +284,7 @@ def test_diagnosis_on_a_known_strategy():
     found = M.diagnose(model, tokens, k, lambda t, n: M.choose(t, k, table(H), "high", 0, n),
                        kinds)
     inner = tokens[:, 1:-1]
+    assert not model.training
     assert found["number"] == pytest.approx([1.0, (inner % 3 == 0).float().mean().item()])
     assert found["word_internal"] == pytest.approx([0.0, (inner % 3 == 2).float().mean().item()])
     assert found["rate"] == pytest.approx(k / 32)

@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import masking as M
 import train
 from data import corpus as corpora
 from data.files import UserError, load_tensors, lock_folder, read_json
@@ -91,7 +93,7 @@ def same_weights(run, other):
 
 def what_was_logged(run):
     """The log without the clock: what must not depend on interruptions."""
-    clock = ("tokens_per_s", "peak_memory_mb")
+    clock = ("tokens_per_s", "seconds", "peak_memory_mb")
     return [{k: v for k, v in line.items() if k not in clock} for line in read_log(run)]
 
 
@@ -107,20 +109,21 @@ def teacher(folder):
 
 ARMS = {
     "random": ["--masking", "random", "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
-    "self": ["--init-frac", "0.3", "--micro-batch", "4"],
+    "self": ["--init-frac", "0.3", "--micro-batch", "4", "--distill", "complete"],
     "type": ["--score-input", "type", "--select", "sample", "--init-frac", "0.2"],
-    "distilled": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
-                  "--init-from-teacher", "--select", "high"],
+    "clear": ["--score-input", "clear", "--pool", "0", "--select", "mid", "--dtype", "bfloat16"],
+    "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
+                "--init-from-teacher", "--select", "high"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_killed_run_resumes_bit_for_bit(arm, folder, teacher, monkeypatch):
-    flags = ARMS[arm] + (["--teacher", str(teacher)] if arm == "distilled" else [])
+    flags = ARMS[arm] + ["--teacher", str(teacher)] * ("--distill" in ARMS[arm])
     whole, killed = folder / f"{arm}-whole", folder / f"{arm}-killed"
     call(command(folder, whole.name, *flags), monkeypatch)
     process = spawn(command(folder, killed.name, *flags))
-    wait_for_step(killed, 12)  # after the checkpoints of steps 5 and 10
+    wait_for_step(killed, 8)  # after the checkpoint of step 5
     process.kill()
     process.wait()
     process.stdout.close()
@@ -225,16 +228,23 @@ def test_equal_compute_trains_for_the_flops_of_another_run(folder, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
-    with pytest.raises(SystemExit) as stop:
-        call(command(folder, "nan", "--lr", "1e30", "--checkpoint-every", "2"), monkeypatch)
-    assert stop.value.code == 1
-    assert re.search(r"not finite at step [1-9]", capsys.readouterr().err)
+    """Step 8 is made to overflow; the checkpoint of step 6 is what is left."""
     run = folder / "nan"
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        if (run / name).exists():
-            weights = load_tensors(run / name)["model"]
-            assert all(w.isfinite().all() for w in weights.values())
+    script = (ROOT / "train.py").read_text().replace(
+        'group["lr"] = lr_at(', 'group["lr"] = float("inf") if step == 7 else lr_at(')
+    assert script.count('float("inf") if step') == 1
+    monkeypatch.setattr(sys, "argv", list(map(str, command(folder, "nan", "--masking", "random",
+                                                           "--checkpoint-every", "3"))))
+    with pytest.raises(SystemExit) as stop:
+        exec(compile(script, "train.py", "exec"), {"__name__": "__main__"})
+    assert stop.value.code == 1
+    del stop  # its traceback holds the lock
+    assert re.search(r"not finite at step (8|9)", capsys.readouterr().err)
+    saved = load_tensors(run / "checkpoint.pt")
+    assert saved["step"] == 6 and all(w.isfinite().all() for w in saved["model"].values())
     assert not (run / "model.pt").exists()
+    call(["train.py", "--resume", run], monkeypatch)
+    assert read_log(run)[-1]["step"] == 24
 
 
 # ---- pieces
@@ -246,6 +256,7 @@ def test_learning_rate():
     assert rates[-1] == pytest.approx(1 / 90) and rates == sorted(rates[:10]) + sorted(
         rates[10:], reverse=True)
     assert train.lr_at(0, 10, 1.0, 0.0) == 1.0
+    assert all(0 < train.lr_at(s, 5, 1.0, 0.95) <= 1 for s in range(5))
 
 
 def test_distillation_loss_against_float64():
@@ -257,20 +268,17 @@ def test_distillation_loss_against_float64():
         assert train.distillation_loss(a, b, tau).item() == pytest.approx(tau**2 * kl, rel=1e-4)
 
 
-def test_evaluation_is_the_same_every_time_and_weighs_every_token(folder, teacher):
-    from contextlib import nullcontext
-
+def test_evaluation_is_the_same_every_time_and_weighs_every_token(teacher):
     model, _ = load(teacher)
     blocks = np.random.default_rng(0).integers(5, 600, (150, 32)).astype(np.uint16)
-    device = torch.device("cpu")
-    first = train.evaluate(model, blocks, nullcontext, device)
+    tokens = corpora.with_ends(blocks)
+    first = M.evaluate(model, tokens, nullcontext)
     torch.manual_seed(99)
-    assert first == train.evaluate(model.train(), blocks, nullcontext, device)
-    T, k, M = 34, 5, train.M
-    tokens = train.corpora.with_ends(blocks)
-    noise = {M.SELECT: M.draw(train.EVAL_SEED, 0, M.SELECT, 150, T)}
+    assert first == M.evaluate(model.train(), tokens, nullcontext)
+    T, k = 34, 5
+    noise = {M.SELECT: M.draw(M.EVAL_SEED, 0, M.SELECT, 150, T)}
     positions = M.choose(tokens, k, None, None, 0, noise)
-    u = M.draw(train.EVAL_SEED, 0, M.REPLACE, 150, 2 * k).view(-1, k, 2)
+    u = M.draw(M.EVAL_SEED, 0, M.REPLACE, 150, 2 * k).view(-1, k, 2)
     with torch.no_grad():
         logits = model.eval()(M.replace(tokens, positions, u, 600), positions).flatten(0, 1)
     labels = tokens.gather(1, positions).flatten()
@@ -313,8 +321,10 @@ def test_flops_of_a_step_by_hand():
     {"masking": "entropy", "teacher": "x", "score_input": "type"}, {"alpha": 0.3}, {"tau": 3.0},
     {"distill": "after-init", "teacher": "x", "init_frac": 0.0}, {"steps": 5, "flops_of": "x"},
     {"positions": "learned", "rotary_base": 10.0}, {"mask_rate": 0.5}, {"corpus_tokens": -1},
+    {"width": 100}, {"seed": 2**64}, {"flops_of": "nowhere"}, {"threads": -1},
 ], ids=str)
-def test_wrong_and_contradicting_flags(flags):
+def test_wrong_and_contradicting_flags(flags, teacher):
+    flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
     with pytest.raises(UserError):
         check_flags({**train.DEFAULTS, **flags}, set(flags))
 
@@ -325,7 +335,8 @@ def test_wrong_and_contradicting_flags(flags):
     {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
     {"micro_batch": 4}, {"positions": "learned"}, {"mask_rate": 0.3, "mask_rate_end": 0.15},
 ], ids=str)
-def test_right_flags(flags):
+def test_right_flags(flags, teacher):
+    flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
     check_flags({**train.DEFAULTS, **flags}, set(flags))
 
 
@@ -351,6 +362,9 @@ def test_an_unfinished_run_is_only_resumed_whole_and_unchanged(folder, monkeypat
     resume = ["train.py", "--resume", run]
     assert "unfinished: continue" in refused(command(folder, "half"), monkeypatch, capsys)
     assert "cannot change" in refused([*resume, "--lr", "1"], monkeypatch, capsys)
+    assert "does not divide" in refused([*resume, "--micro-batch", "3"], monkeypatch, capsys)
+    assert "not finished" in refused(["train.py", "--eval", run], monkeypatch, capsys)
+    assert "--eval" in refused(["train.py", "--eval", ""], monkeypatch, capsys)
     lock = lock_folder(run)
     assert "in use" in refused(resume, monkeypatch, capsys)
     lock.close()
@@ -367,10 +381,9 @@ def test_an_unfinished_run_is_only_resumed_whole_and_unchanged(folder, monkeypat
 
 def test_teachers_that_do_not_fit(folder, teacher, tmp_path, monkeypatch, capsys):
     use = ["--masking", "entropy", "--teacher"]
-    missing = command(folder, "x", *use, tmp_path / "none")
-    assert "not a run folder" in refused(missing, monkeypatch, capsys)
-    (tmp_path / "config.json").write_text("{}")
-    assert "not finished" in refused(command(folder, "x", *use, tmp_path), monkeypatch, capsys)
+    for unfinished in (tmp_path / "none", tmp_path):
+        flags = command(folder, "x", *use, unfinished)
+        assert "not a finished run" in refused(flags, monkeypatch, capsys)
     other = command(folder, "x", *use, teacher, "--vocab-size", "560")
     corpora.prepare(str(folder / "text.txt"), 560, folder / "cache")  # without its bar below
     assert "another tokenizer" in refused(other, monkeypatch, capsys)
