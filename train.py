@@ -119,9 +119,8 @@ PRESETS = {
 def parse_flags():
     """The command line -> (flags by name, the config of an earlier run or None)."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        argument_default=argparse.SUPPRESS, allow_abbrev=False,
-    )
+        usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
 
     def refuse(message):
         raise UserError(f"{message}; python train.py --help lists the flags")
@@ -280,7 +279,7 @@ def main():
             return how(scorer, tokens, candidates)
 
     def flops_at(step):
-        return step_flops(a, shape, scorer and scorer.shape, teacher and teacher.shape, step)
+        return step_flops(a, shape, scorer.shape, teacher and teacher.shape, step)
 
     if a.flops_of and not earlier:
         a.steps = 1000  # FLOPs depend on the share of the run that is over: average over it
@@ -298,8 +297,8 @@ def main():
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "threads": torch.get_num_threads(), "dtype": dtype, "command": sys.argv,
     })
-    step, recent = 0, []  # updates done; (loss, gradient norm) of those since the last log line
-    seconds = 0.0  # spent in updates
+    step, seconds = 0, 0.0  # updates done, and the time spent in them
+    recent = []  # (loss, gradient norm) of the updates since the last log line
     saved = load_checkpoint(run) if earlier else None
     if saved:
         step, recent = saved["step"], list(saved["recent"].to(device))
