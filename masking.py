@@ -74,7 +74,8 @@ def entropy(logits):
 
 def entropy_of(log_p):
     """H = -sum_v p_v ln p_v from log-probabilities: (N, V) -> (N,), nats."""
-    parts = log_p.split(chunk_rows(log_p, log_p.shape[-1]))
+    # A quarter of a chunk: pieces small enough for the allocator to reuse, in the middle of a step.
+    parts = log_p.split(max(1, chunk_rows(log_p, log_p.shape[-1]) // 4))
     return -torch.cat([torch.linalg.vecdot(part.exp(), part) for part in parts])
 
 
@@ -160,7 +161,7 @@ def mid(H, u):
 def sample(H, u):
     """ln H + Gumbel noise: its top k are k draws without replacement, each proportional to H."""
     gumbel = -(-u.clamp(1e-7, 1 - 1e-7).log()).log()
-    return H.clamp_min(1e-7).log() + gumbel  # ln 0 would be -inf, the score of a special token
+    return H.clamp_min(1e-7).log() + gumbel  # ln 0 is -inf, and that is for special tokens
 
 
 SELECT_RULES = {"high": high, "low": low, "mid": mid, "sample": sample}  # and mix, in choose
@@ -431,7 +432,7 @@ def main():
         types.mean, types.seen = load_tensors(Path(a.run) / "checkpoint.pt")["types"]
         strategies["type"] = ("high", lambda model, *where: types(*where), 2)
     rows, k = explain(model, tokenizer, a.sentence, strategies, a.mask_rate, a.seed)
-    most = float(np.ceil(max(H for _, H, _, _ in rows)))  # the hot end of the colours
+    most = max(1.0, float(np.ceil(max(H for _, H, _, _ in rows))))  # the hot end of the colours
     if a.html:
         page = Path(a.html)
         if page.exists() and not (
