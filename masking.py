@@ -24,16 +24,17 @@ See what each strategy does to a sentence, with a run that train.py has finished
 import argparse
 import os
 import sys
-from html import escape
 from pathlib import Path
-from string import Template
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data.files import UserError, load_tensors, read_json, run_script, write_atomic
+from data.files import (
+    UserError, load_tensors, read_json, refuse_command, run_script, write_atomic,
+)
 from data.metrics import spearman
+from data.page import html_page, print_rows
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import load
 
@@ -328,7 +329,7 @@ def diagnose(model, tokens, k, choose_now, kinds, types=None):
 
 DEMO = {  # column -> (select, score, pool); clear: the paper read literally
     "random": (None, None, 0), "clear": ("high", clear_entropy, 0),
-    **{select: (select, masked_entropy, 2) for select in ("high", "low", "mid", "sample", "mix")},
+    **{select: (select, masked_entropy, 2) for select in (*SELECT_RULES, "mix")},
 }
 
 
@@ -343,70 +344,35 @@ def exact_entropy(model, tokens):
 
 
 def explain(model, tokenizer, text, strategies, rate, seed):
-    """A sentence -> (a row per token: piece, H, five best guesses, {strategy: masked?}), k."""
+    """A sentence -> a list with a dict per token: piece; entropies `alone` (masked alone), `pool`
+    (as high to mix read them; None outside the pool) and `clear`; guesses; masked {strategy: bool}.
+    """
     ids = tokenizer.encode(text)
     if not 2 <= len(ids) <= model.shape.seq_len - 2:
-        raise UserError(f"the sentence has {len(ids)} tokens: this model reads from 2 to "
-                        f"{model.shape.seq_len - 2}")
+        raise UserError(f"the sentence is {len(ids)} token(s) long: this model reads from 2 to "
+                        f"{model.shape.seq_len - 2}; put it in quotes")
     tokens = torch.tensor([[CLS, *ids, SEP]])
-    k = mask_count(rate, len(ids) + 2)
+    k = min(mask_count(rate, len(ids) + 2), len(ids) // 2)  # a pool of 2k must fit
     noise = {p: draw(seed, 0, p, *tokens.shape) for p in (POOL, SELECT, HALF)}
-    masked = {}
+    masked, scores = {}, {}
     for name, (select, how, pool) in strategies.items():
-        pool = min(pool, len(ids) // k)
-        how = how and (lambda t, c, how=how: how(model, t, c))
-        masked[name] = set(choose(tokens, k, how, select, pool, noise)[0].tolist())
+        def score(tokens, candidates):
+            H = how(model, tokens, candidates)
+            scores[name] = dict(zip(candidates[0].tolist(), H[0].tolist()))
+            return H
+        positions = choose(tokens, k, how and score, select, pool, noise)
+        masked[name] = set(positions[0].tolist())
     H, logits = exact_entropy(model, tokens[0])
     top = logits.softmax(-1).topk(5)
     rows = []
     for i, token in enumerate(ids):
         guesses = [(tokenizer.pieces[v].replace("▁", " ").strip() or "_", p)
                    for v, p in zip(top.indices[i].tolist(), top.values[i].tolist())]
-        rows.append((tokenizer.pieces[token], H[i].item(), guesses,
-                     {name: i + 1 in masked[name] for name in strategies}))
-    return rows, k
-
-
-def print_rows(rows, most, colour):
-    """The heat map of a sentence, then a line per token."""
-
-    def heat(text, H):
-        if not colour:
-            return text
-        cold, hot = (255, 247, 236), (239, 101, 72)  # readable under black text
-        r, g, b = (round(c + (h - c) * H / most) for c, h in zip(cold, hot))
-        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m"
-
-    line = ""
-    for piece, H, _, _ in rows:
-        text = piece.replace("▁", "")
-        line += (" " if piece.startswith("▁") and line else "") + (
-            heat(text, H) if colour else f"{text}[{H:.1f}]")
-    print(f"\n{line}\n\n{'token':16} nats  " + " ".join(rows[0][3]) + "   best guesses")
-    for piece, H, guesses, masked in rows:
-        marks = " ".join(("#" if m else ".").center(len(name)) for name, m in masked.items())
-        text = ", ".join(f"{guess} {p:.0%}" for guess, p in guesses) * any(masked.values())
-        print(f"{heat(piece.replace('▁', ' ')[:16].ljust(16), H)} {H:4.1f}  {marks}   {text}")
-
-
-def html_page(rows, k, title, most):
-    """The same as one self-contained page (data/page.html is its template)."""
-    def span(piece, H, guesses):
-        tip = f"{H:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in guesses)
-        space = " " if piece.startswith("▁") else ""
-        return (f'{space}<span class="t" style="--h:{H / most:.3f}" title="{escape(tip)}">'
-                f"{escape(piece.replace('▁', ''))}</span>")
-
-    body = "".join(
-        f'<tr><td>{span(piece, H, guesses)}</td><td class="n">{H:.1f}</td>'
-        + "".join(f'<td class="m">{"●" * m}</td>' for m in masked.values())
-        + "<td>" + ", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in guesses)
-        * any(masked.values()) + "</td></tr>\n" for piece, H, guesses, masked in rows)
-    template = Template((Path(__file__).parent / "data" / "page.html").read_text(encoding="utf-8"))
-    return template.substitute(
-        title=escape(title), k=k, n=len(rows), most=f"{most:.0f}", body=body,
-        head="".join(f"<th>{name}</th>" for name in rows[0][3]),
-        sentence="".join(span(piece, H, guesses) for piece, H, guesses, _ in rows))
+        rows.append({"piece": tokenizer.pieces[token], "alone": H[i].item(), "guesses": guesses,
+                     "pool": scores.get("high", {}).get(i + 1),
+                     "clear": scores.get("clear", {}).get(i + 1),
+                     "masked": {name: i + 1 in masked[name] for name in strategies}})
+    return rows
 
 
 def main():
@@ -417,10 +383,11 @@ def main():
     parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--html", metavar="FILE", help="also write the result as a web page")
+    parser.error = refuse_command
     a = parser.parse_args()
-    if not a.run:
-        raise UserError("give a run folder and a sentence; a run is made in minutes by  "
-                        "python train.py --masking self")
+    if not a.run or not Path(a.run).is_dir():
+        raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
+                        "A run is made in minutes by  python train.py --masking self")
     if not 0 < a.mask_rate <= 0.5 or a.seed < 0:
         raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
     model, tokenizer = load(a.run)
@@ -431,17 +398,17 @@ def main():
         types = TypeEntropy(model.shape.vocab_size)
         types.mean, types.seen = load_tensors(Path(a.run) / "checkpoint.pt")["types"]
         strategies["type"] = ("high", lambda model, *where: types(*where), 2)
-    rows, k = explain(model, tokenizer, a.sentence, strategies, a.mask_rate, a.seed)
-    most = max(1.0, float(np.ceil(max(H for _, H, _, _ in rows))))  # the hot end of the colours
+    rows = explain(model, tokenizer, a.sentence, strategies, a.mask_rate, a.seed)
+    most = max(1.0, np.ceil(max(row["alone"] for row in rows)))  # the hot end of the colours
     if a.html:
         page = Path(a.html)
         if page.exists() and not (
                 page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
-        write_atomic(page, html_page(rows, k, a.run, most).encode())
-    print(f"{k} of {len(rows)} tokens masked. Entropies in nats, and guesses: each token masked "
-          "alone.\nclear: the highest entropies of the intact text; high to mix: in a random pool "
-          "of twice as many,\nall masked.")
+        write_atomic(page, html_page(rows, a.run, most).encode())
+    print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
+          "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
+          "as are masked, all masked at once (high to mix choose by it); the clear text (clear).")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 

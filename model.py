@@ -17,6 +17,7 @@ Two things differ from the textbook:
 Shapes: B rows, T tokens a row, k masked positions a row, d width, h heads, V vocabulary.
 """
 
+import argparse
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.files import UserError, load_tensors, read_json, run_script
+from data.files import UserError, load_tensors, read_json, refuse_command, run_script
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 
 # The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width. A head is always 64 wide.
@@ -267,6 +268,9 @@ def fill_mask(model, tokenizer, text, best=5):
 
 
 def main():
+    parser = argparse.ArgumentParser(description="Print the sizes, parameters and FLOPs.")
+    parser.error = refuse_command
+    parser.parse_args()
     print("size     layers  width  parameters  MFLOP per token and training step (T 128, 15 %)")
     for name, (layers, width) in SIZES.items():
         shape = Shape(vocab_size=8192, layers=layers, width=width)

@@ -22,7 +22,9 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from data.files import UserError, peak_memory, run_script, save_tensors, sha256_file
+from data.files import (
+    UserError, peak_memory, refuse_command, run_script, save_tensors, sha256_file,
+)
 from data.runs import (
     begin_run, check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint,
     spent_flops,
@@ -42,7 +44,8 @@ FLAGS = {
         ("corpus-tokens", 0, "use only the first so many training tokens; 0: all"),
         ("vocab-size", 8192, "pieces of the tokenizer that is learned from the corpus"),
         ("seq-len", 128, "tokens in a block, [CLS] and [SEP] included"),
-        ("cache", "data/cache", "where prepared corpora are kept"),
+        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"),
+         "where prepared corpora are kept"),
     ],
     "Model": [
         ("size", "tiny", "layers/width 2/128, 4/256, 4/512, 8/512, 12/768",
@@ -121,11 +124,7 @@ def parse_flags():
     parser = argparse.ArgumentParser(
         usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-
-    def refuse(message):
-        raise UserError(f"{message}; python train.py --help lists the flags")
-
-    parser.error = refuse  # one line, where argparse would print the whole usage
+    parser.error = refuse_command
     parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes on a CPU; "
                         "gpu: a night on a GPU; paper: read literally. Any flag overrides it")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
@@ -145,12 +144,10 @@ def parse_flags():
     flags = {**DEFAULTS, **PRESETS[name or "laptop"], **given}
     if not {"resume", "eval"} & set(given):
         if name in ("gpu", "paper") and "corpus" not in given:
-            refuse(f"--preset {name} needs --corpus FILE, far more text than docs has")
+            refuse_command(f"--preset {name} needs --corpus FILE, far more text than docs has")
         check_flags(flags, set(given))
         if name:
-            print(f"preset {name}: " + " ".join(
-                f"--{'no-' * (v is False)}{n.replace('_', '-')}{'' if type(v) is bool else f' {v}'}"
-                for n, v in flags.items() if v != ""))
+            print(f"preset {name}: " + ", ".join(f"{n} {v}" for n, v in flags.items() if v != ""))
     return open_run(flags, set(given), HOW_NOT_WHAT)
 
 
@@ -442,8 +439,10 @@ def main():
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
     lock.close()
     loss = read_log(run)[-1]["val_loss"]
-    print(f"{run}: held-out loss {loss:.3f} nats, {text.unigram_entropy - loss:.2f} below the "
-          f"unigram entropy\n"
+    gain = text.unigram_entropy - loss
+    where = "below the unigram entropy" if gain > 0 else (
+        "above the unigram entropy: still on the plateau, train for more --steps")
+    print(f"{run}: held-out loss {loss:.3f} nats, {abs(gain):.2f} {where}\n"
           f'see what it masks:  python masking.py {run} "The function returns a new array."')
 
 

@@ -26,6 +26,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import sysconfig
 import warnings
 import zlib
@@ -50,6 +51,11 @@ VALID_EVERY = 50  # one document in 50 is held out: 2 %
 TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly changes
 ENCODE_BATCH = 2_000_000  # characters handed to sentencepiece's threads at once
 PARTS = ("train.bin", "valid.bin", "tokenizer.model")
+
+
+def progress(*args, **kwargs):
+    """A bar for a person; a line now and then for a log file."""
+    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -145,7 +151,7 @@ def extract_docs(cache):
     seen, documents = set(), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes and the like in other people's sources
-        for path in tqdm(files, desc="reading documentation strings", unit=" files"):
+        for path in progress(files, desc="reading documentation strings", unit=" files"):
             source = path.read_bytes()
             if b'"""' not in source and b"'''" not in source:
                 continue  # no documentation string: not worth the parsing
@@ -174,19 +180,18 @@ def sample_paragraphs(paths):
     """
     documents = characters = kept_characters = 0
     stride, kept = 1, []
-    bar = tqdm(desc="reading", unit=" characters", unit_scale=True)
-    for document in read_documents(paths):
-        if documents % stride == 0:
-            kept.append(document)
-            kept_characters += sum(map(len, document))
-            if kept_characters > TOKENIZER_SAMPLE and len(kept) > 1:
-                kept, stride = kept[::2], stride * 2
-                kept_characters = sum(len(p) for d in kept for p in d)
-        size = sum(map(len, document))
-        documents += 1
-        characters += size
-        bar.update(size)
-    bar.close()
+    with progress(desc="reading", unit=" characters") as bar:
+        for document in read_documents(paths):
+            size = sum(map(len, document))
+            if documents % stride == 0:
+                kept.append(document)
+                kept_characters += size
+                if kept_characters > TOKENIZER_SAMPLE and len(kept) > 1:
+                    kept, stride = kept[::2], stride * 2
+                    kept_characters = sum(len(p) for d in kept for p in d)
+            documents += 1
+            characters += size
+            bar.update(size)
     return documents, characters, [paragraph for document in kept for paragraph in document]
 
 
@@ -196,8 +201,9 @@ def encode_documents(paths, tokenizer, documents, characters, folder):
     counts = {name: np.zeros(tokenizer.vocab_size, dtype=np.int64) for name in names}
     unfinished = dict.fromkeys(names, 0)  # tokens since the last [SEP]
     valid_every = min(VALID_EVERY, documents)
-    bar = tqdm(desc="encoding", total=characters, unit=" characters", unit_scale=True)
-    with open(folder / "train.bin", "wb") as train, open(folder / "valid.bin", "wb") as valid:
+    bar = progress(desc="encoding", total=characters, unit=" characters")
+    with (bar, open(folder / "train.bin", "wb") as train,
+          open(folder / "valid.bin", "wb") as valid):
         files = {"train": train, "valid": valid}
 
         def flush(batch):
@@ -231,7 +237,6 @@ def encode_documents(paths, tokenizer, documents, characters, folder):
         for f in files.values():
             f.flush()
             os.fsync(f.fileno())
-    bar.close()
     return counts
 
 

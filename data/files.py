@@ -20,6 +20,11 @@ class UserError(Exception):
     """Something that the user can put right. Its text is the one line that they will read."""
 
 
+def refuse_command(message):
+    """For argparse's parser.error: one line where it would print the whole usage."""
+    raise UserError(f"{message}; --help lists what can be given")
+
+
 def run_script(main):
     """Return main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
     try:
@@ -27,6 +32,9 @@ def run_script(main):
     except UserError as error:
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise

@@ -45,6 +45,8 @@ def check_flags(a, given):
     each("seq_len", lambda v: v >= 16, "at least 16")
     each("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head")
     each("seed", lambda v: v < 2**63, "below 2^63")
+    need(a["corpus"] == "docs" or Path(a["corpus"]).exists(),
+         f"--corpus {a['corpus']}: no such file or folder (the only name is docs)")
     for name in ("teacher", "flops_of"):
         need(not a[name] or (Path(a[name]) / "model.pt").exists(),
              f"--{name.replace('_', '-')} {a[name]}: not a finished run folder")
@@ -93,7 +95,7 @@ def open_run(a, given, may_change):
     config, finished = run / "config.json", (run / "model.pt").exists()
     if not {"resume", "eval"} & given:
         if config.exists():
-            what = "finished: give another --out or --seed" if finished else (
+            what = f"finished: give another --out, for example {run}-b" if finished else (
                 f"unfinished: continue it with  python train.py --resume {run}")
             raise UserError(f"{run} is {what}")
         if run.exists() and (not run.is_dir() or set(os.listdir(run)) - BEFORE_CONFIG):
@@ -102,7 +104,8 @@ def open_run(a, given, may_change):
     if not config.exists():
         raise UserError(f"{run} is not a run folder: it has no config.json")
     if "resume" in given and finished:
-        raise UserError(f"{run} is finished: there is nothing to resume")
+        raise UserError(f"{run} is finished, and with it its learning-rate schedule: nothing to "
+                        "resume; start a longer run with another --out")
     if "eval" in given and not finished:
         raise UserError(f"{run} is not finished: continue it with  python train.py --resume {run}")
     config = read_json(config)

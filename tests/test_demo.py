@@ -59,14 +59,20 @@ def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, c
     call(monkeypatch, run, SENTENCE, "--mask-rate", "0.2")
     out = capsys.readouterr().out
     model, tokenizer = load(run)
-    rows, k = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.2, 0)
-    assert k == round(0.2 * len(rows)) and "\033" not in out  # not a terminal: no colour
+    rows = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.2, 0)
+    k = round(0.2 * len(rows))
+    assert "\033" not in out  # not a terminal: no colour
     for name in M.DEMO:
-        assert sum(masked[name] for _, _, _, masked in rows) == k
+        assert sum(row["masked"][name] for row in rows) == k
+    pool = {i for i, row in enumerate(rows) if row["pool"] is not None}
+    assert len(pool) == 2 * k and all(row["clear"] > 0 for row in rows)
+    high = sorted(pool, key=lambda i: -rows[i]["pool"])[:k]
+    assert {i for i, row in enumerate(rows) if row["masked"]["high"]} == set(high)
     table = out.split("best guesses")[1].rstrip().splitlines()[1:]
     assert len(table) == len(rows)
-    for piece, H, guesses, masked in rows:
-        assert f"[{H:.1f}]" in out and len(guesses) == 5
+    for row in rows:
+        guesses = row["guesses"]
+        assert f"[{row['alone']:.1f}]" in out and len(guesses) == 5
         assert sum(p for _, p in guesses) <= 1.0001
         assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
 
@@ -85,10 +91,10 @@ def test_a_run_with_type_scores_has_a_column_for_them(run, monkeypatch, capsys, 
     types.mean[ids[3]] = 5.0
     save_tensors(tmp_path / "checkpoint.pt", {"types": torch.stack([types.mean, types.seen])})
     call(monkeypatch, tmp_path, sentence)
-    assert re.search(r"nats .* mix type ", capsys.readouterr().out)
+    assert re.search(r"alone .* mix type ", capsys.readouterr().out)
     strategies = {"type": ("high", lambda model, *where: types(*where), 0)}
-    rows, k = M.explain(model, tokenizer, sentence, strategies, 0.1, 0)
-    assert k == 1 and [masked["type"] for *_, masked in rows].index(True) == 3
+    rows = M.explain(model, tokenizer, sentence, strategies, 0.1, 0)
+    assert [row["masked"]["type"] for row in rows] == [i == 3 for i in range(len(rows))]
 
 
 def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
@@ -110,7 +116,8 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
     assert "prefers-color-scheme: dark" in html
     assert not re.search(r"(src|href)=|@import|url\(", html)
     model, tokenizer = load(run)
-    rows, k = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.15, 0)
+    rows = M.explain(model, tokenizer, SENTENCE, M.DEMO, 0.15, 0)
+    k = round(0.15 * len(rows))
     assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(M.DEMO)
     assert "$" not in html  # every placeholder was filled
     call(monkeypatch, run, SENTENCE, "--html", page)  # its own page may be made anew
@@ -138,7 +145,8 @@ def test_scores_are_compared_with_exact_entropies(run, monkeypatch, capsys):
     (["RUN", "token " * 100], "from 2 to 62"),
     (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
     (["RUN", "the model reads", "--html", "/"], "name another"),
-    (["nowhere", "a b c d"], "not a run folder"),
+    (["RUN", "the", "model", "reads"], "unrecognized arguments"), (["a sentence"], "RUN"),
+    (["nowhere", "a b c d"], "give a run folder"), ([ROOT, "a b c d"], "not a run folder"),
 ])
 def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stop:

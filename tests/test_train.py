@@ -236,7 +236,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(map(str, command(folder, "nan", "--masking", "random",
                                                            "--checkpoint-every", "3"))))
     with pytest.raises(SystemExit) as stop:
-        exec(compile(script, "train.py", "exec"), {"__name__": "__main__"})
+        exec(compile(script, "train.py", "exec"), {"__name__": "__main__",
+                                                      "__file__": str(ROOT / "train.py")})
     assert stop.value.code == 1
     del stop  # its traceback holds the lock
     assert re.search(r"not finite at step (8|9)", capsys.readouterr().err)
@@ -321,7 +322,8 @@ def test_flops_of_a_step_by_hand():
     {"masking": "entropy", "teacher": "x", "score_input": "type"}, {"alpha": 0.3}, {"tau": 3.0},
     {"distill": "after-init", "teacher": "x", "init_frac": 0.0}, {"steps": 5, "flops_of": "x"},
     {"positions": "learned", "rotary_base": 10.0}, {"mask_rate": 0.5}, {"corpus_tokens": -1},
-    {"width": 100}, {"seed": 2**64}, {"flops_of": "nowhere"}, {"threads": -1},
+    {"corpus": "nowhere"}, {"width": 100}, {"seed": 2**64}, {"flops_of": "nowhere"},
+    {"threads": -1},
 ], ids=str)
 def test_wrong_and_contradicting_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
@@ -393,6 +395,8 @@ def test_teachers_that_do_not_fit(folder, teacher, tmp_path, monkeypatch, capsys
 def test_a_small_corpus_a_typo_and_no_run_to_equal(folder, tmp_path, monkeypatch, capsys):
     typo = refused(["train.py", "--mask-ratee", "1"], monkeypatch, capsys)
     assert "--mask-ratee" in typo and "--help" in typo
+    missing = refused(["train.py", "--corpus", tmp_path / "none"], monkeypatch, capsys)
+    assert "no such file" in missing
     too_big = command(folder, "x", "--batch-size", "4096")
     assert "less than a batch" in refused(too_big, monkeypatch, capsys)
     flags = command(folder, "x", "--flops-of", tmp_path)
