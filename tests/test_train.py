@@ -236,10 +236,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", list(map(str, command(folder, "nan", "--masking", "random",
                                                            "--checkpoint-every", "3"))))
     with pytest.raises(SystemExit) as stop:
-        exec(compile(script, "train.py", "exec"), {"__name__": "__main__",
-                                                      "__file__": str(ROOT / "train.py")})
+        names = {"__name__": "__main__", "__file__": str(ROOT / "train.py")}
+        exec(compile(script, "train.py", "exec"), names)
     assert stop.value.code == 1
-    del stop  # its traceback holds the lock
+    del stop, names  # they hold the lock of the run
     assert re.search(r"not finite at step (8|9)", capsys.readouterr().err)
     saved = load_tensors(run / "checkpoint.pt")
     assert saved["step"] == 6 and all(w.isfinite().all() for w in saved["model"].values())
