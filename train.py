@@ -39,8 +39,9 @@ FLAGS = {
         ("seed", 0, "decides initial weights, data order, masks and dropout: pair arms by it"),
     ],
     "Data": [
-        ("corpus", "docs", "text file (plain, .gz, .xz, .bz2) or a folder of them, a paragraph a "
-         "line, a blank line between documents; docs: the English in your Python, torch, numpy"),
+        ("corpus", "docs", "docs: the English in your Python, torch and numpy; wikitext2, "
+         "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2) or a folder "
+         "of them, a paragraph a line, a blank line between documents"),
         ("corpus-tokens", 0, "use only the first so many training tokens; 0: all"),
         ("vocab-size", 8192, "pieces of the tokenizer that is learned from the corpus"),
         ("seq-len", 128, "tokens in a block, [CLS] and [SEP] included"),
@@ -108,14 +109,14 @@ HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache"
 
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
-    # A night on one GPU; --corpus is WikiText-103 or the like, as a text file.
-    "gpu": dict(size="small", vocab_size=30522, init_std=0.02, batch_size=256, lr=1e-3,
-                steps=80_000, compile=True, eval_every=2000, checkpoint_every=2000),
-    # The paper's public model cards, read literally; --corpus is BookCorpus as a text file.
-    "paper": dict(size="small", vocab_size=30522, seq_len=512, positions="learned", init_std=0.02,
-                  select="high", score_input="clear", pool=0, init_frac=0.0, batch_size=160,
-                  lr=1e-4, steps=356_000, warmup_frac=10_000 / 356_000, eval_every=5000,
-                  checkpoint_every=5000),
+    "gpu": dict(  # a night on one GPU
+        corpus="wikitext103", size="small", vocab_size=30522, init_std=0.02, batch_size=256,
+        lr=1e-3, steps=80_000, compile=True, eval_every=2000, checkpoint_every=2000),
+    "paper": dict(  # the paper's public model cards, read literally
+        corpus="bookcorpus", size="small", vocab_size=30522, seq_len=512, positions="learned",
+        init_std=0.02, select="high", score_input="clear", pool=0, init_frac=0.0, batch_size=160,
+        lr=1e-4, steps=356_000, warmup_frac=10_000 / 356_000, eval_every=5000,
+        checkpoint_every=5000),
 }
 
 
@@ -143,8 +144,6 @@ def parse_flags():
     name = given.pop("preset", None)
     flags = {**DEFAULTS, **PRESETS[name or "laptop"], **given}
     if not {"resume", "eval"} & set(given):
-        if name in ("gpu", "paper") and "corpus" not in given:
-            refuse_command(f"--preset {name} needs --corpus FILE, far more text than docs has")
         check_flags(flags, set(given))
         if name:
             print(f"preset {name}: " + ", ".join(f"{n} {v}" for n, v in flags.items() if v != ""))

@@ -3,8 +3,9 @@
     files -> paragraphs -> documents -> train / valid split by document -> uint16 tokens
 
 A corpus is UTF-8 text with one paragraph a line and a blank line between documents: one file
-(plain, .gz, .xz, .bz2), a folder of them, or the name `docs`: the English prose in the sources of
-the Python, torch and numpy that are installed anyway, so that a first run needs no network.
+(plain, .gz, .xz, .bz2), a folder of them, or a name. `docs` is the English prose in the sources of
+the Python, torch and numpy that are installed anyway, so that a first run needs no network; the
+others, in NAMED, are downloaded once.
 
 The result is a folder in the cache, named after a hash of the files and settings that made it:
     train.bin, valid.bin   token ids, uint16, documents joined by [SEP]
@@ -14,11 +15,13 @@ The result is a folder in the cache, named after a hash of the files and setting
 
 import ast
 import bz2
+import contextlib
 import functools
 import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import itertools
 import json
 import lzma
@@ -26,9 +29,10 @@ import os
 import platform
 import re
 import shutil
-import sys
 import sysconfig
+import tarfile
 import warnings
+import zipfile
 import zlib
 from array import array
 from pathlib import Path
@@ -36,9 +40,11 @@ from types import SimpleNamespace
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from data.files import UserError, lock_folder, read_json, sha256_file, write_atomic, write_json
+from data.download import download
+from data.files import (
+    UserError, lock_folder, progress, read_json, sha256_file, write_atomic, write_json,
+)
 from data.tokenizer import (
     CLS, MASK, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer,
 )
@@ -52,50 +58,107 @@ TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly
 ENCODE_BATCH = 2_000_000  # characters handed to sentencepiece's threads at once
 PARTS = ("train.bin", "valid.bin", "tokenizer.model")
 
-
-def progress(*args, **kwargs):
-    """A bar for a person; a line now and then for a log file."""
-    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+# Sizes and checksums as recorded by the Hugging Face datasets library (wikitext, bookcorpus).
+NAMED = {
+    "wikitext2": dict(
+        urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
+              "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
+              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip"],
+        size=4721645, sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    "wikitext103": dict(
+        urls=["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip"],
+        size=191984949, sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
+    "bookcorpus": dict(
+        urls=["https://storage.googleapis.com/huggingface-nlp/datasets/bookcorpus/"
+              "bookcorpus.tar.bz2"],
+        size=1179510242,
+        sha256="03a29333b2b35e98a375b6ad7d2f1651835655cd348fb89c864136bce69a964c"),
+}
 
 
 # --------------------------------------------------------------------------------------------------
 # text
 
 
-def read_lines(path):
-    """Yield the stripped lines of a text file, plain or packed. UserError if it is not UTF-8."""
+def open_texts(path):
+    """Yield (name, open text file) for a text file, plain or packed, or for each one in an archive.
+
+    An archive is read in place: nothing of it is ever written under a name that it chose.
+    """
     opener = {".gz": gzip.open, ".xz": lzma.open, ".bz2": bz2.open}.get(path.suffix, open)
-    try:
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path) as archive:
+            for name in archive.namelist():
+                if not name.endswith("/"):
+                    with archive.open(name) as f:
+                        yield name, io.TextIOWrapper(f, "utf-8-sig")
+    elif path.name.endswith(".tar.bz2"):
+        with tarfile.open(path, "r:bz2") as archive:
+            for member in archive:
+                if member.isfile():
+                    with archive.extractfile(member) as f:
+                        yield member.name, io.TextIOWrapper(f, "utf-8-sig")
+    else:
         with opener(path, "rt", encoding="utf-8-sig") as f:
-            while line := f.readline(MAX_LINE):
-                if "\0" in line:
-                    raise UserError(f"{path} is not text: it has zero bytes")
-                yield line.strip()
+            yield path.name, f
+
+
+@contextlib.contextmanager
+def readable(path):
+    """Turn what can be wrong with a text file or an archive into one line."""
+    try:
+        yield
     except UnicodeDecodeError as error:
         raise UserError(f"{path} is not UTF-8 ({error.reason}): convert it, for example with iconv")
-    except (EOFError, lzma.LZMAError, zlib.error) as error:
+    except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{path} is damaged: {error}")
     except OSError as error:  # bz2 and gzip also report a damaged archive this way
         raise UserError(f"cannot read {path}: {error.strerror or error}")
 
 
-def read_documents(paths):
-    """Yield documents, each a list of paragraphs."""
+def read_documents(paths, corpus=""):
+    """Yield (split, document): a list of paragraphs, and train or valid, or "" where we choose.
+
+    In WikiText a blank line separates paragraphs, ` = Title = ` begins an article, and there is a
+    file to validate on; BookCorpus is sentences without any boundary, so it is cut by size.
+    """
+    wikitext = corpus.startswith("wikitext")
     for path in paths:
-        document, size = [], 0
-        for line in itertools.chain(read_lines(path), [""]):
-            if line:
-                document.append(line)
-                size += len(line)
-            if document and (not line or size > MAX_DOCUMENT):
-                yield document
-                document, size = [], 0
+        with readable(path):
+            for name, f in open_texts(path):
+                split = re.search(r"\.(train|valid)\.raw$|$", name)[1] if wikitext else ""
+                document, size, line = [], 0, "\n"
+                while line and split is not None:  # what is neither is the test set
+                    line = f.readline(MAX_LINE)
+                    text = line.strip()
+                    if "\0" in text:
+                        raise UserError(f"{path} is not text: it has zero bytes")
+                    heading = wikitext and text.startswith("= ") and text.endswith(" =")
+                    if text and not heading:
+                        document.append(undo_tokens(text) if corpus in NAMED else text)
+                        size += len(text)
+                    ends = re.fullmatch("= [^=]+ =", text) if wikitext else not text
+                    if document and (ends or not line or size > MAX_DOCUMENT):
+                        yield split, document
+                        document, size = [], 0
+
+
+def undo_tokens(line):
+    """Put a line that was cut into tokens together again: `1 @,@ 000 people , he said`."""
+    line = re.sub(r" @([-,.])@ ", r"\1", line)
+    line = re.sub(r'" ([^"]*?) "', r'"\1"', line)
+    line = re.sub(r"([(\[]) ", r"\1", line)
+    return re.sub(r" ([,.;:!?)\]%]|'s\b|n't\b|'(?:re|ve|ll|d|m)\b)", r"\1", line)
 
 
 def find_files(corpus, cache):
     """--corpus -> the list of its text files. Extracts `docs` where that has not been done yet."""
     if corpus == "docs":
         return [extract_docs(cache)]
+    if corpus in NAMED:
+        name = NAMED[corpus]["urls"][0].rpartition("/")[2]
+        return [download(**NAMED[corpus], target=cache / "downloads" / name)]
     path = Path(corpus)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if p.is_file() and not p.name.startswith("."))
@@ -103,7 +166,8 @@ def find_files(corpus, cache):
             raise UserError(f"--corpus {corpus}: the folder holds no files")
         return files
     if not path.is_file():
-        raise UserError(f"--corpus {corpus}: no such file or folder (the only name is docs)")
+        raise UserError(f"--corpus {corpus}: no such file or folder; the names are docs, "
+                        + ", ".join(NAMED))
     return [path]
 
 
@@ -172,7 +236,7 @@ def extract_docs(cache):
 # preparation
 
 
-def sample_paragraphs(paths):
+def sample_paragraphs(paths, corpus):
     """Pass 1 -> (number of documents, number of characters, paragraphs for the tokenizer).
 
     Keeps every m-th document; when the sample outgrows its size, every second one is dropped and
@@ -181,9 +245,9 @@ def sample_paragraphs(paths):
     documents = characters = kept_characters = 0
     stride, kept = 1, []
     with progress(desc="reading", unit=" characters") as bar:
-        for document in read_documents(paths):
+        for split, document in read_documents(paths, corpus):
             size = sum(map(len, document))
-            if documents % stride == 0:
+            if documents % stride == 0 and split != "valid":
                 kept.append(document)
                 kept_characters += size
                 if kept_characters > TOKENIZER_SAMPLE and len(kept) > 1:
@@ -195,7 +259,7 @@ def sample_paragraphs(paths):
     return documents, characters, [paragraph for document in kept for paragraph in document]
 
 
-def encode_documents(paths, tokenizer, documents, characters, folder):
+def encode_documents(paths, corpus, tokenizer, documents, characters, folder):
     """Pass 2: encode everything into train.bin and valid.bin; return their token counts by id."""
     names = ("train", "valid")
     counts = {name: np.zeros(tokenizer.vocab_size, dtype=np.int64) for name in names}
@@ -227,8 +291,9 @@ def encode_documents(paths, tokenizer, documents, characters, folder):
             bar.update(sum(map(len, paragraphs)))
 
         batch, size = [], 0
-        for i, document in enumerate(read_documents(paths)):
-            batch.append(("valid" if i % valid_every == valid_every // 2 else "train", document))
+        for i, (split, document) in enumerate(read_documents(paths, corpus)):
+            ours = "valid" if i % valid_every == valid_every // 2 else "train"
+            batch.append((split or ours, document))
             size += sum(map(len, document))
             if size > ENCODE_BATCH:
                 flush(batch)
@@ -266,6 +331,8 @@ def prepare(corpus, vocab_size, cache="data/cache"):
     # The key holds all that decides the tokens; sentencepiece's version does too.
     key = {"files": hashes, "vocab_size": vocab_size, "format": FORMAT,
            "sentencepiece": importlib.metadata.version("sentencepiece")}
+    if corpus in NAMED:  # its archive, given as a path, would be read in another way
+        key["name"] = corpus
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     if (cache / name).is_dir():
         return cache / name
@@ -289,7 +356,7 @@ def prepare(corpus, vocab_size, cache="data/cache"):
 
 def build(corpus, paths, vocab_size, key, folder):
     """Learn the vocabulary, encode the text, and write all of a cache folder but its name."""
-    documents, characters, sample = sample_paragraphs(paths)
+    documents, characters, sample = sample_paragraphs(paths, corpus)
     if documents < 2:
         raise UserError(f"--corpus {corpus}: {documents} documents, too few to hold one out "
                         "(one paragraph a line, a blank line between documents)")
@@ -297,7 +364,7 @@ def build(corpus, paths, vocab_size, key, folder):
           f"learning a vocabulary of {vocab_size} (some seconds)", flush=True)
     train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    counts = encode_documents(paths, tokenizer, documents, characters, folder)
+    counts = encode_documents(paths, corpus, tokenizer, documents, characters, folder)
     if not counts["valid"][N_SPECIAL:].any() or not counts["train"][N_SPECIAL:].any():
         raise UserError(f"--corpus {corpus}: too small: nothing is left to train on or hold out")
     write_json(folder / "meta.json", {

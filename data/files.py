@@ -15,6 +15,8 @@ import resource
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 
 class UserError(Exception):
     """Something that the user can put right. Its text is the one line that they will read."""
@@ -144,6 +146,11 @@ def lock_folder(folder):
     except OSError:
         raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
     return handle
+
+
+def progress(*args, **kwargs):
+    """A bar for a person; for a log file a line now and then."""
+    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
 
 
 def peak_memory(device):

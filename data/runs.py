@@ -16,6 +16,7 @@ from data.files import (
     write_json,
 )
 
+CORPUS_NAMES = ("docs", "wikitext2", "wikitext103", "bookcorpus")  # data/corpus.py has them
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
 
 
@@ -45,8 +46,8 @@ def check_flags(a, given):
     each("seq_len", lambda v: v >= 16, "at least 16")
     each("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head")
     each("seed", lambda v: v < 2**63, "below 2^63")
-    need(a["corpus"] == "docs" or Path(a["corpus"]).exists(),
-         f"--corpus {a['corpus']}: no such file or folder (the only name is docs)")
+    need(a["corpus"] in CORPUS_NAMES or Path(a["corpus"]).exists(), f"--corpus {a['corpus']}: no "
+         f"such file or folder; the names are {', '.join(CORPUS_NAMES)}")
     for name in ("teacher", "flops_of"):
         need(not a[name] or (Path(a[name]) / "model.pt").exists(),
              f"--{name.replace('_', '-')} {a[name]}: not a finished run folder")

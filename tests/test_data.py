@@ -46,14 +46,14 @@ def test_every_packing_reads_the_same(tmp_path):
                        ("a.bz2", bz2.compress)):
         (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))  # a byte-order mark
         assert list(corpora.read_documents([tmp_path / name])) == [
-            ["One paragraph.", "Another — with ünïcode 🙂."], ["Second document."]]
+            ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])]
 
 
 def test_text_without_blank_lines_and_endless_lines_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "MAX_DOCUMENT", 100)
     monkeypatch.setattr(corpora, "MAX_LINE", 50)
     (tmp_path / "a.txt").write_text("word " * 1000)
-    documents = list(corpora.read_documents([tmp_path / "a.txt"]))
+    documents = [document for _, document in corpora.read_documents([tmp_path / "a.txt"])]
     assert len(documents) > 30 and "".join(sum(documents, [])).count("word") == 1000
 
 
@@ -99,7 +99,7 @@ def test_missing_corpus_and_impossible_vocabulary(tmp_path):
 def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared):
     source, folder = prepared
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    documents = list(corpora.read_documents([source]))
+    documents = [document for _, document in corpora.read_documents([source])]
     expected = {"train": [], "valid": []}
     for i, document in enumerate(documents):
         ids = sum((tokenizer.encode(paragraph) for paragraph in document), [])
@@ -124,7 +124,7 @@ def test_batches_and_memory_do_not_change_the_tokens(prepared, tmp_path, monkeyp
 def test_the_tokenizer_sample_is_spread_over_the_corpus(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text.txt", documents=400)
     monkeypatch.setattr(corpora, "TOKENIZER_SAMPLE", 20_000)
-    documents, characters, sample = corpora.sample_paragraphs([source])
+    documents, characters, sample = corpora.sample_paragraphs([source], "")
     numbers = [int(p.split()[1][:-1]) for p in sample if p.startswith("Document")]
     assert documents == 400 and sum(map(len, sample)) <= 20_000 < characters
     assert len(set(np.diff(numbers))) == 1 and numbers[-1] > 300

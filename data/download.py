@@ -1,0 +1,81 @@
+"""Fetch a file whose size and sha256 are known: resumed where it stopped, never half there.
+
+Nothing here trusts a server. A file appears under its name only when it is whole and has its
+checksum; until then it is NAME.part, which the next try continues.
+"""
+
+import http.client
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from data.files import UserError, lock_folder, progress, sha256_file
+
+TIMEOUT = 30  # seconds without a byte
+AGENT = "entropy-aware-masking/1.0"  # one mirror refuses Python's default user agent
+
+
+def download(urls, size, sha256, target):
+    """Make sure that `target` holds the file of `size` bytes with this sha256.
+
+    urls: mirrors, tried in order. UserError, saying what to put where, if none of them gives it.
+    """
+    target = Path(target)
+    if target.exists():
+        if target.stat().st_size == size and sha256_file(target) == sha256:
+            return target
+        raise UserError(f"{target} is damaged: delete it, it is then fetched again")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(target.parent)
+    part = target.with_name(target.name + ".part")
+    reasons = []
+    for url in urls:
+        print(f"downloading {url} ({size / 1e6:.1f} MB)", flush=True)
+        try:
+            fetch(url, size, part)
+            if sha256_file(part) == sha256:
+                os.replace(part, target)
+                lock.close()
+                return target
+            part.unlink()
+            reasons.append("wrong checksum")
+        except urllib.error.HTTPError as error:
+            reasons.append(f"status {error.code}")
+        except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
+                ConnectionError) as error:
+            reasons.append(str(getattr(error, "reason", error)) or "cut off")
+        print(f"  that did not work: {reasons[-1]}", flush=True)
+    lock.close()
+    raise UserError(f"could not download {target.name} ({'; '.join(reasons)}): try again, it goes "
+                    f"on where it stopped, or put the file at {target} by hand (sha256 {sha256})")
+
+
+def fetch(url, size, part):
+    """Append what is missing of `url` to `part`. Raises what urllib raises, or ConnectionError."""
+    have = part.stat().st_size if part.exists() else 0
+    if have == size:
+        return
+    headers = {"User-Agent": AGENT}
+    if 0 < have < size:
+        headers["Range"] = f"bytes={have}-"
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
+        if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(
+                f"bytes {have}-"):
+            have = 0  # the server sends all of it: begin again
+        length = answer.headers.get("Content-Length")
+        if length is not None and have + int(length) != size:
+            raise ConnectionError(f"{have + int(length)} bytes where {size} were expected")
+        bar = progress(total=size, initial=have, unit="B")
+        with bar, open(part, "ab" if have else "wb") as f:
+            while piece := answer.read(1 << 16):
+                have += len(piece)
+                if have > size:
+                    raise ConnectionError(f"more than the expected {size} bytes")
+                f.write(piece)
+                bar.update(len(piece))
+            f.flush()
+            os.fsync(f.fileno())
+    if have != size:
+        raise ConnectionError(f"cut off after {have} of {size} bytes")

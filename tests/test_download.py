@@ -1,0 +1,197 @@
+"""Downloads from a local server that misbehaves, and the corpora that come as archives.
+
+    python -m pytest tests/test_download.py -q
+"""
+
+import bz2
+import hashlib
+import http.server
+import io
+import sys
+import tarfile
+import threading
+import zipfile
+
+import numpy as np
+import pytest
+
+from data import corpus as corpora
+from data import download as D
+from data.files import UserError, read_json
+from data.tokenizer import Tokenizer
+
+DATA = bytes(range(256)) * 2000
+SHA = hashlib.sha256(DATA).hexdigest()
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """/cut (half, then closed), /short, /long, /wrong, /403, /404, /moved, /stall, /norange, and
+    anything else is DATA."""
+
+    seen = []
+
+    def do_GET(self):
+        what, wanted = self.path[1:], self.headers.get("Range")
+        self.seen.append((what, wanted, self.headers["User-Agent"]))
+        if what.isdigit():
+            return self.send_error(int(what))
+        if what == "moved":
+            self.send_response(302)
+            self.send_header("Location", "/good")
+            return self.end_headers()
+        body = {"short": DATA[:-5], "long": DATA + b"x", "wrong": DATA[::-1]}.get(what, DATA)
+        first = int(wanted[6:-1]) if wanted and what not in ("norange", "wrong") else 0
+        self.send_response(206 if first else 200)
+        if first:
+            self.send_header("Content-Range", f"bytes {first}-{len(body) - 1}/{len(body)}")
+        if what not in ("long", "short"):  # those do not even say how long they are
+            self.send_header("Content-Length", str(len(body) - first))
+        self.end_headers()
+        body = body[first:]
+        if what in ("cut", "stall"):
+            body = body[:len(body) // 2]
+        self.wfile.write(body)
+        if what == "stall":
+            self.wfile.flush()
+            self.server.waiting.wait(20)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture()
+def server():
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
+    server.waiting = threading.Event()
+    Server.seen.clear()
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.waiting.set()
+    server.shutdown()
+    server.server_close()
+
+
+def get(target, *urls):
+    return D.download(list(urls), len(DATA), SHA, target)
+
+
+def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path, capsys):
+    target = tmp_path / "a folder" / "file.zip"
+    get(target, server + "good")
+    assert target.read_bytes() == DATA and Server.seen[0][2] == D.AGENT
+    out = capsys.readouterr().out
+    assert server + "good" in out and "0.5 MB" in out
+    get(target, server + "good")
+    assert len(Server.seen) == 1
+    target.write_bytes(DATA[::-1])
+    with pytest.raises(UserError, match="damaged: delete it"):
+        get(target, server + "good")
+
+
+def test_what_was_cut_is_resumed(server, tmp_path):
+    target = tmp_path / "file.zip"
+    with pytest.raises(UserError, match="goes on where it stopped"):
+        get(target, server + "cut")
+    assert not target.exists() and (tmp_path / "file.zip.part").stat().st_size == len(DATA) // 2
+    get(target, server + "good")
+    assert target.read_bytes() == DATA
+    assert Server.seen[-1][1] == f"bytes={len(DATA) // 2}-"
+
+
+def test_a_server_without_ranges_begins_again(server, tmp_path):
+    target = tmp_path / "file.zip"
+    (tmp_path / "file.zip.part").write_bytes(b"rubbish")
+    get(target, server + "norange")
+    assert target.read_bytes() == DATA
+
+
+@pytest.mark.parametrize("what, reason", [
+    ("403", "status 403"), ("404", "status 404"), ("wrong", "wrong checksum"),
+    ("short", "cut off after 511995 of 512000"), ("long", "more than the expected"),
+])
+def test_partial_or_wrong_data_is_never_taken_for_whole(server, tmp_path, what, reason):
+    target = tmp_path / "file.zip"
+    with pytest.raises(UserError, match=reason) as error:
+        get(target, server + what)
+    assert not target.exists() and str(target) in str(error.value) and SHA in str(error.value)
+    if what != "long":
+        get(target, server + what, server + "moved")  # the next mirror, and a redirect
+        assert target.read_bytes() == DATA
+
+
+def test_a_stalled_or_absent_server_ends_in_time(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(D, "TIMEOUT", 0.3)
+    with pytest.raises(UserError, match="timed out"):
+        get(tmp_path / "file.zip", server + "stall")
+    with pytest.raises(UserError, match="refused"):
+        get(tmp_path / "other.zip", "http://127.0.0.1:9/")
+
+
+def test_undo_tokens():
+    for line, plain in (
+        ("In 1 @,@ 000 A.D. , the well @-@ known ( 1 @.@ 5 m ) : \" I do n't ; it 's 5 % \" .",
+         "In 1,000 A.D., the well-known (1.5 m): \"I don't; it's 5%\"."),
+        ("usually , he would be tearing around !", "usually, he would be tearing around!"),
+    ):
+        assert corpora.undo_tokens(line) == plain
+
+
+def wikitext(articles, seed):
+    rng = np.random.default_rng(seed)
+    text = ""
+    for i in range(articles):
+        text += f" \n = Article {i} = \n \n"
+        for section in range(2):
+            words = [a + b for a in "bdfgkl" for b in "aeiou"]
+            text += f" {' '.join(rng.choice(words, 60))} , a well @-@ known one . \n \n"
+            text += f" = = Section {section} = = \n \n"
+    return text.encode()
+
+
+def test_wikitext_by_name(server, tmp_path, monkeypatch):
+    """Articles are documents, headings are dropped, and the archive's own files are the split."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        for split, articles in (("train", 80), ("valid", 5), ("test", 5)):
+            archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", wikitext(articles, articles))
+        archive.writestr("../../outside.txt", "never written")
+    monkeypatch.setattr(sys.modules[__name__], "DATA", buffer.getvalue())
+    monkeypatch.setitem(corpora.NAMED, "wikitext2", dict(
+        urls=[server + "small.zip"], size=len(buffer.getvalue()),
+        sha256=hashlib.sha256(buffer.getvalue()).hexdigest()))
+    folder = corpora.prepare("wikitext2", 320, tmp_path / "cache")
+    archive = tmp_path / "cache" / "downloads" / "small.zip"
+    documents = list(corpora.read_documents([archive], "wikitext2"))
+    assert [split for split, _ in documents] == ["train"] * 80 + ["valid"] * 5
+    assert all(len(d) == 2 and "well-known one." in d[0] for _, d in documents)
+    assert not any("=" in p for _, d in documents for p in d)
+    tokenizer, meta = Tokenizer(folder / "tokenizer.model"), read_json(folder / "meta.json")
+    valid = np.fromfile(folder / "valid.bin", np.uint16)
+    expected = sum((tokenizer.encode(p) for s, d in documents if s == "valid" for p in d), [])
+    assert [t for t in valid.tolist() if t > 4] == expected
+    assert meta["valid_tokens"] == len(valid)
+    assert not list(tmp_path.parent.glob("outside.txt"))
+
+
+def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpora, "MAX_DOCUMENT", 500)
+    lines = [f"sentence {i} , he said ." for i in range(200)]
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for i, part in ((1, lines[:120]), (2, lines[120:])):
+            member = tarfile.TarInfo(f"books_large_p{i}.txt")
+            data = ("\n".join(part) + "\n").encode()
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        link = tarfile.TarInfo("../escape")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    path = tmp_path / "bookcorpus.tar.bz2"
+    path.write_bytes(bz2.compress(buffer.getvalue()))
+    documents = list(corpora.read_documents([path], "bookcorpus"))
+    assert len(documents) > 5 and {split for split, _ in documents} == {""}
+    together = sum((d for _, d in documents), [])
+    assert together == [f"sentence {i}, he said." for i in range(200)]
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match="damaged"):
+        list(corpora.read_documents([path], "bookcorpus"))
