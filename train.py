@@ -2,13 +2,13 @@
 
     python train.py                              # self-masking, offline, minutes on a laptop
     python train.py --masking random             # the baseline, on the same data in the same order
-    python train.py --corpus book.txt --masking entropy --teacher runs/random-0
+    python train.py --masking entropy --teacher runs/random-0
     python train.py --resume runs/self-0         # go on after any interruption, bit for bit
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
 
 A run is a folder: config.json, tokenizer.model, log.jsonl, checkpoint.pt, model.pt.
-Every random draw is a function of (seed, step, row or micro-batch), so on a CPU, with the same
-torch, thread count and flags, a resumed run equals an uninterrupted one bit for bit.
+Every random draw is a function of (seed, step, row or micro-batch): on a CPU, with the same torch,
+threads and flags and without --compile, a resumed run equals an uninterrupted one bit for bit.
 """
 
 import argparse
@@ -211,7 +211,7 @@ def main():
     if a.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
     device = torch.device("cuda" if a.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype, why = a.dtype, "as asked"
+    dtype, why = (earlier["dtype"], "as the run began") if earlier else (a.dtype, "as asked")
     if dtype == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         dtype = "bfloat16" if fast else "float32"
@@ -305,6 +305,7 @@ def main():
             types.mean, types.seen = saved["types"].to(device)
         print(f"{run}: going on after step {step}")
     log, logged = open_log(run, step)
+    begun = step
 
     # ---- loop ------------------------------------------------------------------------------------
     stop = []  # a signal asks for a stop after the step; a second one is not waited for
@@ -338,7 +339,7 @@ def main():
         last = bool(stop) or step == a.steps
         due = step in (0, a.steps) or (a.eval_every and step % a.eval_every == 0)
         to_log = due or step % a.log_every == 0
-        to_save = last or (step and step % a.checkpoint_every == 0)
+        to_save = last or (step != begun and step % a.checkpoint_every == 0)
         if recent and (to_log or to_save):
             values = torch.stack(recent)
             finite = values.isfinite().all(1)

@@ -41,7 +41,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 
-from data.download import download
+from data.download import NAMED, download
 from data.files import (
     UserError, lock_folder, progress, read_json, sha256_file, write_atomic, write_json,
 )
@@ -57,24 +57,6 @@ VALID_EVERY = 50  # one document in 50 is held out: 2 %
 TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly changes
 ENCODE_BATCH = 2_000_000  # characters handed to sentencepiece's threads at once
 PARTS = ("train.bin", "valid.bin", "tokenizer.model")
-
-# Sizes and checksums as recorded by the Hugging Face datasets library (wikitext, bookcorpus).
-NAMED = {
-    "wikitext2": dict(
-        urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
-              "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
-              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip"],
-        size=4721645, sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
-    "wikitext103": dict(
-        urls=["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
-              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip"],
-        size=191984949, sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
-    "bookcorpus": dict(
-        urls=["https://storage.googleapis.com/huggingface-nlp/datasets/bookcorpus/"
-              "bookcorpus.tar.bz2"],
-        size=1179510242,
-        sha256="03a29333b2b35e98a375b6ad7d2f1651835655cd348fb89c864136bce69a964c"),
-}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -123,7 +105,7 @@ def read_documents(paths, corpus=""):
     In WikiText a blank line separates paragraphs, ` = Title = ` begins an article, and there is a
     file to validate on; BookCorpus is sentences without any boundary, so it is cut by size.
     """
-    wikitext = corpus.startswith("wikitext")
+    wikitext = corpus in ("wikitext2", "wikitext103")
     for path in paths:
         with readable(path):
             for name, f in open_texts(path):
@@ -314,7 +296,7 @@ def unigram_entropy(counts):
 
 
 def prepare(corpus, vocab_size, cache="data/cache"):
-    """Return the cache folder of `corpus` (a path or `docs`), building it if it is not there."""
+    """Return the cache folder of `corpus` (a path or a name), building it if it is not there."""
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise UserError(f"--vocab-size {vocab_size}: it must lie between {MIN_VOCAB} and "
                         f"{MAX_VOCAB}, what uint16 holds")
@@ -441,4 +423,6 @@ def batch_at(blocks, seed, step, batch_size):
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def epoch_order(seed, epoch, n):
+    # numpy pads seeds with zeros: (seed, epoch) is the stream of masking.draw(seed, epoch, POOL).
+    # The two never meet in one step but for the first, and no order depends on what is masked.
     return np.random.default_rng((seed, epoch)).permutation(n)

@@ -15,6 +15,24 @@ from data.files import UserError, lock_folder, progress, sha256_file
 TIMEOUT = 30  # seconds without a byte
 AGENT = "entropy-aware-masking/1.0"  # one mirror refuses Python's default user agent
 
+# Sizes and checksums as recorded by the Hugging Face datasets library (wikitext, bookcorpus).
+NAMED = {
+    "wikitext2": dict(
+        urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
+              "https://huggingface.co/datasets/ggml-org/ci/resolve/main/wikitext-2-raw-v1.zip",
+              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-2-raw-v1.zip"],
+        size=4721645, sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11"),
+    "wikitext103": dict(
+        urls=["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+              "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip"],
+        size=191984949, sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
+    "bookcorpus": dict(
+        urls=["https://storage.googleapis.com/huggingface-nlp/datasets/bookcorpus/"
+              "bookcorpus.tar.bz2"],
+        size=1179510242,
+        sha256="03a29333b2b35e98a375b6ad7d2f1651835655cd348fb89c864136bce69a964c"),
+}
+
 
 def download(urls, size, sha256, target):
     """Make sure that `target` holds the file of `size` bytes with this sha256.
@@ -51,6 +69,15 @@ def download(urls, size, sha256, target):
                     f"on where it stopped, or put the file at {target} by hand (sha256 {sha256})")
 
 
+def read(answer):
+    """The next piece. Every way in which a network can fail is a ConnectionError here, so that an
+    OSError of the disk is told apart from it."""
+    try:
+        return answer.read(1 << 16)
+    except OSError as error:
+        raise ConnectionError(str(error)) from error
+
+
 def fetch(url, size, part):
     """Append what is missing of `url` to `part`. Raises what urllib raises, or ConnectionError."""
     have = part.stat().st_size if part.exists() else 0
@@ -69,7 +96,7 @@ def fetch(url, size, part):
             raise ConnectionError(f"{have + int(length)} bytes where {size} were expected")
         bar = progress(total=size, initial=have, unit="B")
         with bar, open(part, "ab" if have else "wb") as f:
-            while piece := answer.read(1 << 16):
+            while piece := read(answer):
                 have += len(piece)
                 if have > size:
                     raise ConnectionError(f"more than the expected {size} bytes")

@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import resource
+import signal
 import sys
 from pathlib import Path
 
@@ -36,7 +37,7 @@ def run_script(main):
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise

@@ -11,12 +11,12 @@ import json
 import os
 from pathlib import Path
 
+from data.download import NAMED
 from data.files import (
     UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, write_atomic,
     write_json,
 )
 
-CORPUS_NAMES = ("docs", "wikitext2", "wikitext103", "bookcorpus")  # data/corpus.py has them
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
 
 
@@ -46,11 +46,13 @@ def check_flags(a, given):
     each("seq_len", lambda v: v >= 16, "at least 16")
     each("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head")
     each("seed", lambda v: v < 2**63, "below 2^63")
-    need(a["corpus"] in CORPUS_NAMES or Path(a["corpus"]).exists(), f"--corpus {a['corpus']}: no "
-         f"such file or folder; the names are {', '.join(CORPUS_NAMES)}")
+    names = ("docs", *NAMED)
+    need(a["corpus"] in names or (a["corpus"] and Path(a["corpus"]).exists()),
+         f"--corpus {a['corpus']}: no such file or folder; the names are {', '.join(names)}")
     for name in ("teacher", "flops_of"):
         need(not a[name] or (Path(a[name]) / "model.pt").exists(),
-             f"--{name.replace('_', '-')} {a[name]}: not a finished run folder")
+             f"--{name.replace('_', '-')} {a[name]}: not a finished run folder (if it has moved, "
+             f"say where with --{name.replace('_', '-')})")
 
     self_or_teacher = a["masking"] != "random"
     for name in sorted({"select", "score_input", "pool"} & given):
@@ -58,6 +60,7 @@ def check_flags(a, given):
              "random uses none: leave it out")
     need(self_or_teacher or not a["init_frac"] or a["distill"] == "after-init",
          "--init-frac with --masking random means something only with --distill after-init")
+    need(a["pool"] != 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0")
     need(not self_or_teacher or a["pool"] or a["score_input"] != "masked", "--pool 0 with "
          "--score-input masked would mask whole rows: give --pool 2, or --score-input clear")
     need(a["masking"] != "entropy" or a["score_input"] != "type", "--score-input type is learned "
@@ -112,27 +115,28 @@ def open_run(a, given, may_change):
     config = read_json(config)
     own, names = config.get("flags"), set(a) - {"resume", "eval"}
     if not (isinstance(own, dict) and set(own) == names and {
-            "corpus_sha256", "tokenizer_sha256", "teacher_sha256"} <= set(config)):
+            "corpus_sha256", "tokenizer_sha256", "teacher_sha256", "dtype"} <= set(config)):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
     for name in sorted(given - {"resume", "eval", "out"} - may_change):
         if a[name] != own[name]:
             raise UserError(f"{run} has --{name.replace('_', '-')} {own[name]}, and that cannot "
                             "change: leave the flag out, or start a run with another --out")
     own |= {name: a[name] for name in given & may_change} | {"out": str(run)}
-    check_flags({**own, "flops_of": ""}, set())  # its FLOPs are in --steps by now
+    if "resume" in given:
+        check_flags({**own, "flops_of": ""}, set())  # its FLOPs are in --steps by now
     return {**own, "eval": "eval" in given}, config
 
 
 def begin_run(run, earlier, tokenizer_path, config):
     """Make the run folder with its config.json and tokenizer.model, or check that an `earlier` run
-    is continued with the corpus and teacher it had. -> the folder's lock, to be kept alive."""
+    is continued with the tokenizer and teacher it had. -> the folder's lock, to be kept alive."""
     try:
         run.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {run}: {error.strerror}")
     lock = lock_folder(run)
     if earlier:
-        for what in ("corpus", "tokenizer", "teacher"):
+        for what in ("tokenizer", "teacher"):
             if earlier[f"{what}_sha256"] != config[f"{what}_sha256"]:
                 raise UserError(f"the {what} is not the one that {run} began with")
     else:

@@ -49,6 +49,12 @@ def test_every_packing_reads_the_same(tmp_path):
             ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])]
 
 
+def test_a_path_is_not_a_name(tmp_path):
+    (tmp_path / "wikitext.txt").write_text("= Title =\n\nA paragraph.\n")
+    documents = list(corpora.read_documents([tmp_path / "wikitext.txt"], "wikitext.txt"))
+    assert documents == [("", ["= Title ="]), ("", ["A paragraph."])]
+
+
 def test_text_without_blank_lines_and_endless_lines_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(corpora, "MAX_DOCUMENT", 100)
     monkeypatch.setattr(corpora, "MAX_LINE", 50)

@@ -5,6 +5,7 @@
 
 import bz2
 import hashlib
+import http.client
 import http.server
 import io
 import sys
@@ -119,6 +120,15 @@ def test_partial_or_wrong_data_is_never_taken_for_whole(server, tmp_path, what, 
         assert target.read_bytes() == DATA
 
 
+def test_a_network_that_fails_in_the_middle_is_no_traceback(server, tmp_path, monkeypatch):
+    def read(*_):
+        raise OSError(113, "No route to host")
+
+    monkeypatch.setattr(http.client.HTTPResponse, "read", read)
+    with pytest.raises(UserError, match="No route to host"):
+        get(tmp_path / "file.zip", server + "good")
+
+
 def test_a_stalled_or_absent_server_ends_in_time(server, tmp_path, monkeypatch):
     monkeypatch.setattr(D, "TIMEOUT", 0.3)
     with pytest.raises(UserError, match="timed out"):
@@ -170,7 +180,7 @@ def test_wikitext_by_name(server, tmp_path, monkeypatch):
     expected = sum((tokenizer.encode(p) for s, d in documents if s == "valid" for p in d), [])
     assert [t for t in valid.tolist() if t > 4] == expected
     assert meta["valid_tokens"] == len(valid)
-    assert not list(tmp_path.parent.glob("outside.txt"))
+    assert not list(tmp_path.rglob("outside.txt"))
 
 
 def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):

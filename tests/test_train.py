@@ -322,8 +322,8 @@ def test_flops_of_a_step_by_hand():
     {"masking": "entropy", "teacher": "x", "score_input": "type"}, {"alpha": 0.3}, {"tau": 3.0},
     {"distill": "after-init", "teacher": "x", "init_frac": 0.0}, {"steps": 5, "flops_of": "x"},
     {"positions": "learned", "rotary_base": 10.0}, {"mask_rate": 0.5}, {"corpus_tokens": -1},
-    {"corpus": "nowhere"}, {"width": 100}, {"seed": 2**64}, {"flops_of": "nowhere"},
-    {"threads": -1},
+    {"corpus": "nowhere"}, {"corpus": ""}, {"pool": 1}, {"width": 100}, {"seed": 2**64},
+    {"flops_of": "nowhere"}, {"threads": -1},
 ], ids=str)
 def test_wrong_and_contradicting_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
