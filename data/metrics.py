@@ -1,14 +1,47 @@
-"""Metrics, by hand: defined for every input, 0 where a prediction is degenerate."""
+"""The metrics of GLUE, by hand: defined for every input, 0 where a prediction is degenerate.
+
+All take two tensors of N values, predictions first, compute in float64 and return a float.
+`classes` below are integer labels. Checked against hand-worked values in tests/test_glue_data.py.
+"""
 
 import torch
 
 
+def accuracy(guess, truth):
+    """Share of equal classes, 0 to 1."""
+    return (guess == truth).double().mean().item()
+
+
+def f1(guess, truth):
+    """F1 of class 1: 2 TP / (2 TP + FP + FN); 0 where nothing is, or is said to be, of class 1."""
+    hits = ((guess == 1) & (truth == 1)).sum().item()
+    named = (guess == 1).sum().item() + (truth == 1).sum().item()
+    return 2 * hits / named if named else 0.0
+
+
+def matthews(guess, truth):
+    """Matthews correlation of two-class labels (0, 1), -1 to 1: Pearson's of the indicators."""
+    return pearson(guess == 1, truth == 1)
+
+
+def pearson(a, b):
+    """Pearson's correlation; 0 where one side is constant, or is not finite everywhere."""
+    a, b = a.flatten().double(), b.flatten().double()
+    # A mean is rounded, so a constant minus its mean may be dust instead of 0: look before.
+    if not (a.isfinite().all() and b.isfinite().all()) or any(x.min() == x.max() for x in (a, b)):
+        return 0.0
+    a, b = ((x - x.mean()) / (x - x.mean()).abs().max() for x in (a, b))  # squares stay in range
+    return (a @ b / torch.linalg.vector_norm(a) / torch.linalg.vector_norm(b)).item()
+
+
 def spearman(a, b):
-    """Spearman's rank correlation of two tensors; ties share their mean rank; 0 for a constant."""
-    ranks = []
-    for x in (a, b):
-        _, group, size = x.flatten().unique(return_inverse=True, return_counts=True)
-        mean_rank = size.cumsum(0) - (size - 1) / 2
-        ranks.append(mean_rank[group].double() - (x.numel() + 1) / 2)
-    scale = torch.linalg.vector_norm(ranks[0]) * torch.linalg.vector_norm(ranks[1])
-    return (ranks[0] @ ranks[1] / scale).item() if scale > 0 else 0.0
+    """Spearman's rank correlation; ties share their mean rank; degenerate input as for Pearson."""
+    if not (a.isfinite().all() and b.isfinite().all()):
+        return 0.0
+    return pearson(mean_ranks(a), mean_ranks(b))
+
+
+def mean_ranks(x):
+    """Ranks 1 to N, equal values sharing the mean of theirs."""
+    _, group, size = x.flatten().unique(return_inverse=True, return_counts=True)
+    return (size.cumsum(0) - (size - 1) / 2)[group]
