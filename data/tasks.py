@@ -1,0 +1,279 @@
+"""The nine GLUE tasks: where their files are, what is in a row, what a label means.
+
+The official files are tab-separated without any quoting: a quote mark is a character like others.
+Each task has a training file and a development file (MNLI two: matched and mismatched genres); the
+labels of the test files are not public. Files come from --glue-dir DIR in the official layout
+(DIR/CoLA/train.tsv), or from the official archives, which are downloaded once, checked, and read in
+place: nothing is ever unpacked under a name that an archive chose.
+
+Wang et al. 2018, "GLUE", arXiv 1804.07461.
+"""
+
+import hashlib
+import math
+import os
+import sys
+import zipfile
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.download import download
+from data.files import UserError
+from data.tokenizer import CLS, SEP
+
+BINARY = {"0": 0, "1": 1}
+ENTAILMENT = {"entailment": 0, "not_entailment": 1}
+
+
+@dataclass(frozen=True)
+class Task:
+    """columns: of the sentences, then of the label; names in the header, numbers if it has none.
+
+    labels: text -> class, or None: the label is a number from 0 to 5.
+    rows: the official row counts of the training file and of each development file.
+    metrics: names in data/metrics.py; the task's score is the mean of their values.
+    """
+
+    columns: tuple
+    labels: dict | None
+    rows: tuple
+    metrics: tuple = ("accuracy",)
+    dev: tuple = ("dev",)
+    primary: bool = False  # is it part of the primary endpoint, with its accuracy?
+    averaged: bool = True  # is it part of the GLUE average?
+
+    @property
+    def outputs(self):
+        """Classes, or 1 for a number."""
+        return len(set(self.labels.values())) if self.labels else 1
+
+
+TASKS = {  # in the order of GLUE's own table
+    "CoLA": Task((3, 1), BINARY, (8551, 1043), ("matthews",)),
+    "SST-2": Task(("sentence", "label"), BINARY, (67349, 872), primary=True),
+    "MRPC": Task(("#1 String", "#2 String", "Quality"), BINARY, (3668, 408), ("accuracy", "f1")),
+    "STS-B": Task(("sentence1", "sentence2", "score"), None, (5749, 1500),
+                  ("pearson", "spearman")),
+    "QQP": Task(("question1", "question2", "is_duplicate"), BINARY, (363846, 40430),
+                ("accuracy", "f1"), primary=True),
+    "MNLI": Task(("sentence1", "sentence2", "gold_label"),
+                 {"entailment": 0, "neutral": 1, "contradiction": 2}, (392702, 9815, 9832),
+                 dev=("dev_matched", "dev_mismatched"), primary=True),
+    "QNLI": Task(("question", "sentence", "label"), ENTAILMENT, (104743, 5463), primary=True),
+    "RTE": Task(("sentence1", "sentence2", "label"), ENTAILMENT, (2490, 277)),
+    # Its development set contradicts its training set on purpose: reported, never averaged.
+    "WNLI": Task(("sentence1", "sentence2", "label"), BINARY, (635, 71), averaged=False),
+}
+
+# Sizes and checksums as recorded by the Hugging Face and TensorFlow dataset libraries.
+GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
+MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
+FILES = {  # task -> (address, bytes, sha256) of the files that hold it
+    "CoLA": [(GLUE + "CoLA.zip", 376971,
+              "f212fcd832b8f7b435fb991f101abf89f96b933ab400603bf198960dfc32cbff")],
+    "SST-2": [(GLUE + "SST-2.zip", 7439277,
+               "d67e16fb55739c1b32cdce9877596db1c127dc322d93c082281f64057c16deaa")],
+    "MRPC": [(MSR + "msr_paraphrase_train.txt", 1047044,
+              "60a9b09084528f0673eedee2b69cb941920f0b8cd0eeccefc464a98768457f89"),
+             (GLUE + "mrpc_dev_ids.tsv", 6222,
+              "971d7767d81b997fd9060ade0ec23c4fc31cbb226a55d1bd4a1bac474eb81dc7")],
+    "STS-B": [(GLUE + "STS-B.zip", 802872,
+               "e60a6393de5a8b5b9bac5020a1554b54e3691f9d600b775bd131e613ac179c85")],
+    "QQP": [(GLUE + "QQP-clean.zip", 41696084,
+             "40e7c862c04eb26ee04b67fd900e76c45c6ba8e6d8fab4f8f1f8072a1a3fbae0")],
+    "MNLI": [(GLUE + "MNLI.zip", 312783507,
+              "e7c1d896d26ed6caf700110645df426cc2d8ebf02a5ab743d5a5c68ac1c83633")],
+    "QNLI": [(GLUE + "QNLIv2.zip", 10627589,
+              "e634e78627a29adaecd4f955359b22bf5e70f2cbd93b493f2d624138a0c0e5f5")],
+    "RTE": [(GLUE + "RTE.zip", 697150,
+             "6bf86de103ecd335f3441bd43574d23fef87ecc695977a63b82d5efb206556ee")],
+    "WNLI": [(GLUE + "WNLI.zip", 28999,
+              "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")],
+}
+MAX_BYTES = 1 << 29  # of one .tsv; the largest, MNLI's training file, has 78 MB
+MALFORMED = 1e-3  # QQP's share of rows without all their columns is far below this
+
+
+@dataclass
+class Rows:
+    """One file: the sentences of each row (one or two), its labels, and the official row count."""
+
+    sentences: list  # of N-lists: one, or two for pairs
+    labels: list  # N classes, or floats
+    official: int
+
+    def __len__(self):
+        return len(self.labels)
+
+
+def read_task(name, glue_dir, cache):
+    """-> (training Rows, [development Rows], sha256 of the files). UserError says what is wrong.
+
+    glue_dir: a folder in the official layout; "" downloads into `cache` what is not there yet.
+    """
+    task = TASKS[name]
+    digest = hashlib.sha256()
+
+    def get(file):
+        label, data = fetch(name, file, glue_dir, cache)
+        digest.update(data)
+        try:  # MRPC's files begin with a byte-order mark
+            return label, data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            line = data[:error.start].count(b"\n") + 1
+            raise UserError(f"{label}, line {line}: not UTF-8 ({error.reason})")
+
+    if name == "MRPC" and not (glue_dir and (Path(glue_dir) / "MRPC" / "train.tsv").exists()):
+        rows = split_mrpc(*get("msr_paraphrase_train.txt"), *get("dev_ids.tsv"))
+    else:
+        rows = [parse(name, *get(f"{file}.tsv"), official)
+                for file, official in zip(("train", *task.dev), task.rows)]
+    return rows[0], rows[1:], digest.hexdigest()
+
+
+def fetch(task, file, glue_dir, cache):
+    """-> (what to call it in a message, its bytes), from the folder or from the archive."""
+    if glue_dir:
+        path = Path(glue_dir) / task / file
+        if file == "dev_ids.tsv" and not path.exists():
+            path = path.with_name("mrpc_dev_ids.tsv")  # its name where it is downloaded
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: no file of GLUE has")
+            return path, path.read_bytes()
+        except OSError as error:
+            raise UserError(f"cannot read {path}: {error.strerror} (--glue-dir holds a folder per "
+                            f"task in the official layout, here {task}/{file})")
+    # One archive a task; the original release of MRPC is one address a file.
+    url, size, sha256 = next(entry for entry in FILES[task]
+                             if entry[0].endswith((".zip", file)))
+    path = download([url], size, sha256, Path(cache) / "downloads" / url.rpartition("/")[2])
+    if path.suffix != ".zip":
+        return path, path.read_bytes()
+    member = f"{task}/{file}"
+    try:
+        with zipfile.ZipFile(path) as archive, archive.open(member) as f:
+            data = f.read(MAX_BYTES + 1)
+    except (KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError, EOFError) as error:
+        raise UserError(f"{path} has no readable {member}: {error}")
+    if len(data) > MAX_BYTES:
+        raise UserError(f"{member} in {path} has more than {MAX_BYTES >> 20} MiB")
+    return f"{path}:{member}", data
+
+
+def split_lines(text):
+    """Lines, by \\n alone: splitlines would also cut at the control characters of some rows."""
+    lines = [line.removesuffix("\r") for line in text.split("\n")]
+    while lines and not lines[-1]:
+        lines.pop()
+    return lines
+
+
+def split_mrpc(label, text, ids_label, ids_text):
+    """The original training file, and the pair ids of GLUE's development set -> [train, dev] Rows.
+
+    This is how GLUE made its MRPC: the original release has no development set.
+    """
+    rows = parse("MRPC", label, text, 0)
+    pairs = [tuple(line.split("\t")[1:3]) for line in split_lines(text)[1:]]  # a row's two ids
+    wanted = {tuple(line.split("\t")) for line in split_lines(ids_text)}
+    if len(wanted) != sum(pair in wanted for pair in pairs) or not 0 < len(wanted) < len(rows):
+        raise UserError(f"{ids_label} names {len(wanted)} pairs for the development set, of which "
+                        f"{label} has {sum(pair in wanted for pair in pairs)}")
+    parts = []
+    for is_dev, official in enumerate(TASKS["MRPC"].rows):
+        keep = [i for i, pair in enumerate(pairs) if (pair in wanted) == is_dev]
+        parts.append(Rows([[column[i] for i in keep] for column in rows.sentences],
+                          [rows.labels[i] for i in keep], official))
+    return parts
+
+
+def parse(name, label, text, official):
+    """A .tsv file -> Rows. `label` names it in messages: file, line, what was expected."""
+    task, lines = TASKS[name], split_lines(text)
+    first = 0
+    if isinstance(task.columns[0], str):  # there is a header
+        header = lines[0].split("\t") if lines else []
+        if missing := [c for c in task.columns if c not in header]:
+            raise UserError(f"{label}, line 1: a header with {', '.join(task.columns)} was "
+                            f"expected, and {', '.join(missing)} is not there")
+        columns, width, first = [header.index(c) for c in task.columns], len(header), 1
+    else:
+        columns, width = task.columns, 4
+    if len(lines) == first:
+        raise UserError(f"{label} has no rows")
+    rows, malformed = [], 0
+    for number, line in enumerate(lines[first:], first + 1):
+        fields = line.split("\t")
+        if len(fields) != width:
+            malformed += 1  # a known fault of QQP's file, and of no other
+            if name == "QQP" and malformed <= max(1, MALFORMED * len(lines)):
+                continue
+            raise UserError(f"{label}, line {number}: {width} tab-separated columns were "
+                            f"expected, not {len(fields)}")
+        *sentences, value = (fields[c] for c in columns)
+        rows.append((*sentences, read_label(task, value, f"{label}, line {number}")))
+    if malformed:
+        print(f"{label}: {malformed} malformed rows left out", file=sys.stderr)
+    if not rows:
+        raise UserError(f"{label} has no rows")
+    *sentences, labels = zip(*rows)
+    return Rows(list(map(list, sentences)), list(labels), official)
+
+
+def read_label(task, value, where):
+    """The text of a label -> a class or a number. Unlabelled rows (-1) are refused."""
+    if task.labels is None:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+        if 0 <= number <= 5:  # not so for nan
+            return number
+        expected = "a number from 0 to 5"
+    elif value in task.labels:
+        return task.labels[value]
+    else:
+        expected = " or ".join(task.labels)
+    hidden = ": these rows have no labels, as in a test file" if value in ("-1", "-1.0") else ""
+    raise UserError(f"{where}: the label {expected} was expected, not {value[:40]!r}{hidden}")
+
+
+# --------------------------------------------------------------------------------------------------
+# rows -> batches
+
+POOL_BATCHES = 50  # batches that are sorted by length together: little padding, still random
+
+
+def encode_rows(tokenizer, sentences, max_len):
+    """N rows of one or two sentences -> [(ids, length of the first part)], N of them.
+
+    [CLS] a [SEP] or [CLS] a [SEP] b [SEP], uint16. What is too long for max_len loses tokens from
+    the end of the longer sentence; the [SEP]s stay.
+    """
+    encoded = [tokenizer.encode(column, threads=os.cpu_count()) for column in sentences]
+    rows = []
+    for a, *b in zip(*encoded):
+        room = max_len - 2 - len(b)
+        if b:
+            b = b[0][:max(room // 2, room - len(a))]
+            ids = [CLS, *a[:room - len(b)], SEP]
+            rows.append((np.array(ids + [*b, SEP], dtype=np.uint16), len(ids)))
+        else:
+            ids = [CLS, *a[:room], SEP]
+            rows.append((np.array(ids, dtype=np.uint16), len(ids)))
+    return rows
+
+
+def batches(lengths, batch_size, stream, epoch):
+    """Lists of row numbers: every row once, in batches of similar length, in random order."""
+    rng = np.random.default_rng((stream, epoch))
+    order, size = rng.permutation(len(lengths)), batch_size * POOL_BATCHES
+    found = []
+    for pool in np.split(order, range(size, len(order), size)):
+        pool = pool[np.argsort(lengths[pool], kind="stable")]
+        found += np.split(pool, range(batch_size, len(pool), batch_size))
+    return [found[i] for i in rng.permutation(len(found))]
