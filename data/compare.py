@@ -1,0 +1,409 @@
+"""Scores of many runs -> tables that a reader can trust: which runs may be compared, and how.
+
+An arm is a set of runs that differ in nothing but the seed; its row is the mean +- the standard
+deviation over these pretraining seeds. Two arms are compared seed by seed, since runs with one seed
+share initial weights, data order and fine-tuning seeds: the difference has a 95 % t interval and
+the p of an exact sign-flip test, beside the smallest p that so few pairs can give at all.
+
+A score is in points: 100 times a metric, or the mean of a task's metrics.
+"""
+
+import itertools
+import math
+import statistics
+from collections import Counter
+
+from data.files import UserError
+from data.tasks import TASKS
+
+# Flags that say how or where a run was made, not what it is. Teachers and corpora are compared by
+# what they are (FLOPs, hash), since a path says nothing.
+NOT_WHAT = {
+    "out", "seed", "teacher", "corpus", "cache", "flops_of", "device", "dtype", "threads",
+    "compile", "micro_batch", "log_every", "eval_every", "eval_blocks", "checkpoint_every"}
+PRIMARY = [name for name, task in TASKS.items() if task.primary]
+AVERAGED = [name for name, task in TASKS.items() if task.averaged]
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics
+
+
+def t_factor(df):
+    """The t for which a Student t variable with `df` degrees of freedom is in [-t, t] with 95 %.
+
+    Bisection of the closed form for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4).
+    """
+    def inside(t):
+        angle = math.atan(t / math.sqrt(df))
+        cos, term, total = math.cos(angle), 1.0, 0.0
+        if df % 2:
+            term = cos
+        for i in range(df % 2, df - 1, 2):  # cos^i, each with its product of odd / even numbers
+            total += term
+            term *= cos**2 * (i + 1) / (i + 2)
+        total *= math.sin(angle)
+        return 2 / math.pi * (angle + total) if df % 2 else total
+
+    low, high = 0.0, 1e3  # the largest needed is 12.7, at df 1
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
+    return middle
+
+
+def sign_flip(differences):
+    """Exact two-sided p of a mean of paired differences, and the smallest p attainable at this n.
+
+    If the arms were alike, every difference could as well have had the other sign: p is the share
+    of the 2^n sign patterns whose sum is at least as far from 0 as the one that was seen.
+    """
+    sums = [0.0]
+    for d in differences:  # 2^n sums: n = 20 takes a second
+        sums = [s + x for s in sums for x in (d, -d)]
+    seen = abs(sum(differences)) - 1e-9  # equal sums that are rounded differently count
+    return sum(abs(s) >= seen for s in sums) / len(sums), 2 / len(sums)
+
+
+def paired(arm, base):
+    """Two arms as {seed: score} -> their comparison over common seeds, or None if they share none.
+
+    difference in points with low and high (None at one pair), p, p_smallest, and the relative gain
+    in percent: the ratio of the two means, minus 1.
+    """
+    seeds = sorted(set(arm) & set(base))
+    if not seeds:
+        return None
+    differences = [arm[s] - base[s] for s in seeds]
+    mean, n, half = statistics.fmean(differences), len(seeds), None
+    if n > 1:
+        half = t_factor(n - 1) * statistics.stdev(differences) / math.sqrt(n)
+    p, smallest = sign_flip(differences)
+    base_mean = statistics.fmean(base[s] for s in seeds)
+    return {
+        "pairs": n, "difference": mean,
+        "low": mean - half if n > 1 else None, "high": mean + half if n > 1 else None,
+        "p": p, "p_smallest": smallest,
+        "gain_percent": 100 * mean / base_mean if base_mean > 0 else None,
+    }
+
+
+def mean_sd(by_seed):
+    """{seed: score} -> mean, sd over seeds (None at one) and the scores; None if there are none."""
+    if not by_seed:
+        return None
+    values = list(by_seed.values())
+    return {"mean": statistics.fmean(values), "seeds": by_seed,
+            "sd": statistics.stdev(values) if len(values) > 1 else None}
+
+
+# --------------------------------------------------------------------------------------------------
+# arms and what may stand in one table
+
+
+def arm_key(run):
+    """Equal for runs that differ in nothing but the seed."""
+    flags = {k: v for k, v in run.flags.items() if k not in NOT_WHAT}
+    return repr((sorted(flags.items()), run.teacher_flops, comparable(run), bool(run.flops_of)))
+
+
+def group_arms(runs):
+    """-> [[runs of one arm]]. UserError where two of them have one seed: a run and its copy."""
+    arms = {}
+    for run in runs:
+        arm = arms.setdefault(arm_key(run), {})
+        if run.seed in arm:
+            raise UserError(f"{arm[run.seed].path} and {run.path} are the same arm and seed: give "
+                            "one of them")
+        arm[run.seed] = run
+    return [list(arm.values()) for arm in arms.values()]
+
+
+def comparable(run):
+    """Equal for runs that may stand in one table: the same text, size and number of tokens."""
+    return (run.corpus, run.tokenizer.sha256, run.shape, run.tokens)
+
+
+def same_compute(run, runs):
+    """The token count of the run whose FLOPs --flops-of gave to this one; else its own."""
+    if run.flops_of:
+        for other in runs:
+            if not other.flops_of and abs(run.flops / other.flops - 1) < 0.02:
+                return other.tokens
+    return run.tokens
+
+
+def arm_names(arms):
+    """Names that tell the arms of a table apart: the masking, and the flags that are not the
+    default's and differ between arms of one masking."""
+    names = []
+    for runs in arms:
+        run, name = runs[0], runs[0].flags["masking"]
+        alike = [other[0].flags for other in arms
+                 if other[0].flags["masking"] == run.flags["masking"]]
+        for flag, value in run.flags.items():
+            varies = any(other.get(flag) != value for other in alike)
+            if flag not in NOT_WHAT and varies and value != run.defaults.get(flag):
+                name += f", {flag.replace('_', '-')} {value}"
+        names.append(name + (", equal FLOPs" if run.flops_of else ""))
+    for name, count in Counter(names).items():  # what differs is the teacher
+        if count > 1:
+            for i in [i for i, other in enumerate(names) if other == name]:
+                names[i] += f", teacher {arms[i][0].flags.get('teacher') or 'none'}"
+    return names
+
+
+def by_task(entries, tasks, fine_tuning_seeds):
+    """Scores of one run -> {task: score}, {task: {part: value}}: means over fine-tuning seeds."""
+    scores, parts = {}, {}
+    for task in tasks:
+        mine = [e for e in entries if e["task"] == task and e["seed"] in fine_tuning_seeds[task]]
+        if mine:
+            scores[task] = statistics.fmean(e["score"] for e in mine)
+            parts[task] = {part: statistics.fmean(e["parts"][part] for e in mine)
+                           for part in mine[0]["parts"]}
+    return scores, parts
+
+
+def endpoints(scores, parts):
+    """-> {"primary": mean accuracy of MNLI-m, QNLI, SST-2, QQP; "glue": mean of 8 task scores},
+    each only where all its tasks are scored."""
+    ends = {}
+    if all(task in parts for task in PRIMARY):
+        ends["primary"] = statistics.fmean(
+            parts[task].get("matched", parts[task].get("accuracy")) for task in PRIMARY)
+    if all(task in scores for task in AVERAGED):
+        ends["glue"] = statistics.fmean(scores[task] for task in AVERAGED)
+    return ends
+
+
+def make_row(name, runs, tasks, fine_tuning_seeds):
+    """Runs (anything with .seed and .entries) -> a row: means and deviations over their seeds."""
+    scores, parts, ends = {}, {}, {}
+    for run in runs:
+        run_scores, run_parts = by_task(run.entries, tasks, fine_tuning_seeds)
+        for task in run_scores:
+            scores.setdefault(task, {})[run.seed] = run_scores[task]
+            for part, value in run_parts[task].items():
+                parts.setdefault(task, {}).setdefault(part, {})[run.seed] = value
+        own = endpoints(run_scores, run_parts)
+        if not own and run_scores:
+            own = {"mean": statistics.fmean(run_scores.values())}
+        for end, value in own.items():
+            ends.setdefault(end, {})[run.seed] = value
+    return {
+        "name": name, "n": len(runs),
+        "tasks": {task: mean_sd(scores[task]) for task in scores},
+        "parts": {task: {part: mean_sd(v) for part, v in parts[task].items()} for task in parts},
+        "ends": {end: mean_sd(v) for end, v in ends.items()},
+    }
+
+
+def make_tables(runs, floors, baseline=()):
+    """-> a table per set of comparable runs with one recipe: a dict that JSON can hold.
+
+    runs    namespaces with path, seed, flags, defaults, shape, tokens, flops, teacher_flops,
+            seconds, margin (nats below the unigram entropy) and entries: what glue.json holds
+    floors  {(shape, tokenizer sha256): [namespaces with seed and entries: random weights]}
+    """
+    tables, groups = [], {}
+    for run in runs:
+        key = (*comparable(run)[:3], same_compute(run, runs))
+        for recipe in {repr(e["recipe"]) for e in run.entries}:
+            groups.setdefault((key, recipe), []).append(run)
+    for (key, recipe), members in groups.items():
+        tables.append(make_table(members, floors.get((key[2], key[1]), []), recipe, baseline))
+    return tables
+
+
+def make_table(runs, floors, recipe, baseline):
+    def select(subjects, data=None):
+        """Copies of the subjects with the entries of this recipe (and these rows) alone."""
+        chosen = []
+        for s in subjects:
+            entries = [e for e in s.entries if repr(e["recipe"]) == recipe
+                       and (data is None or e["data"] == data.get(e["task"]))]
+            chosen.append(type(s)(**{**vars(s), "entries": entries}))
+        return chosen
+
+    notes = []
+    runs = select(runs)
+    seen = [e for run in runs for e in run.entries]
+    tasks = [task for task in TASKS if any(e["task"] == task for e in seen)]
+    data = {}  # task -> the hash of its rows
+    for task in tasks:
+        (data[task], _), *others = Counter(e["data"] for e in seen if e["task"] == task
+                                           ).most_common()
+        if others:
+            notes.append(f"{task}: scores on other rows are left out")
+    runs, floors = select(runs, data), select(floors, data)
+    example = {e["task"]: e for run in runs for e in run.entries}
+    seeds = {task: set.intersection(*filter(None, (
+        {e["seed"] for e in run.entries if e["task"] == task} for run in runs))) for task in tasks}
+    arms = group_arms(runs)
+    names = arm_names(arms)
+    rows = [make_row(name, members, tasks, seeds) for name, members in zip(names, arms)]
+
+    # The reference: the arm that --baseline names, or the plainest random one.
+    def plain(i):
+        flags = arms[i][0].flags
+        return (flags["distill"] != "off", flags["mask_rate"] != flags["mask_rate_end"],
+                bool(arms[i][0].flops_of), i)
+
+    named = [i for i, members in enumerate(arms) if any(r.path in baseline for r in members)]
+    random = [i for i, members in enumerate(arms) if members[0].flags["masking"] == "random"]
+    reference = named[0] if named else min(random, key=plain) if random else None
+    for row, members in zip(rows, arms):
+        for what in ("flops", "flops_with_teacher", "seconds"):
+            row[what] = statistics.fmean(getattr(run, what) for run in members)
+        if reference is not None:
+            base, ratio = rows[reference], [
+                statistics.fmean(getattr(r, what) for r in arms[reference])
+                for what in ("flops", "flops", "seconds")]
+            row["cost"], row["cost_with_teacher"], row["time"] = (
+                row[what] / r if r else None
+                for what, r in zip(("flops", "flops_with_teacher", "seconds"), ratio))
+            if row is not base:
+                row["against"] = {
+                    end: paired(row["ends"][end]["seeds"], base["ends"][end]["seeds"])
+                    for end in row["ends"] if end in base["ends"]}
+    majority = {"name": "majority class", "n": 1, "parts": {}, "tasks": {}, "ends": {}}
+    scores = {task: statistics.fmean(example[task]["majority"].values()) for task in tasks}
+    parts = {task: example[task]["majority"] for task in tasks}
+    ends = endpoints(scores, parts) or {"mean": statistics.fmean(scores.values())}
+    for into, values in (("tasks", scores), ("ends", ends)):
+        majority[into] = {k: mean_sd({0: v}) for k, v in values.items()}
+    majority["parts"] = {t: {p: mean_sd({0: v}) for p, v in parts[t].items()} for t in tasks}
+    floor_seeds = {task: {e["seed"] for f in floors for e in f.entries} for task in tasks}
+    scored = [f for f in floors if f.entries]
+    floor = make_row("random weights", scored, tasks, floor_seeds)
+
+    for task in tasks:
+        e = example[task]
+        if e["rows"] != e["official"] or e["trained_on"] != e["rows"][0]:
+            counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
+            counts[0] = f"{e['trained_on']} of {e['official'][0]}"
+            notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
+    if reference is not None and reference in random:
+        notes += validity(arms[reference], rows[reference], floor, example)
+    elif reference is None:
+        notes.append("no random arm to compare with: add one, or name another with --baseline")
+    run = runs[0]
+    return {
+        "title": f"{run.shape.layers} layers of width {run.shape.width}, {run.shape.vocab_size} "
+                 f"pieces, {run.tokens / 1e6:.1f} million tokens of corpus {run.corpus[:8]}",
+        "recipe": seen[0]["recipe"], "tasks": tasks,
+        "fine_tuning_seeds": {task: sorted(seeds[task]) for task in tasks},
+        "baseline": names[reference] if reference is not None else None,
+        "floors": [majority, floor] if scored else [majority], "rows": rows, "notes": notes,
+    }
+
+
+def validity(runs, row, floor, example):
+    """Why a comparison with this random arm does not count yet (method: a random arm on the
+    plateau, or no better than random weights, would fake any gain). -> notes"""
+    reasons = []
+    margin = min(run.margin for run in runs)
+    if margin < 0.5:
+        reasons.append(f"its held-out loss is {margin:.2f} nats below the unigram entropy, less "
+                       "than 0.5")
+    for task in PRIMARY:
+        part = "matched" if task == "MNLI" else "accuracy"
+        if task not in row["parts"] or task not in floor["parts"]:
+            reasons.append(f"{task} is not scored")
+            continue
+        p1, p0 = (r["parts"][task][part]["mean"] / 100 for r in (row, floor))
+        # Two binomial standard errors of a difference on this many development rows.
+        error = 2 * math.sqrt((p1 * (1 - p1) + p0 * (1 - p0)) / example[task]["rows"][1])
+        if p1 - p0 <= error:
+            reasons.append(f"{task} {100 * (p1 - p0):+.1f} against random weights, within two "
+                           f"standard errors ({100 * error:.1f})")
+    if not reasons:
+        return ["the random arm clears the plateau and the random-weights floor: it can be "
+                "compared with"]
+    return ["NO COMPARISON COUNTS YET, the random arm is not clearly pretrained: "
+            + "; ".join(reasons)]
+
+
+# --------------------------------------------------------------------------------------------------
+# printing
+
+END_NAMES = {"primary": "primary", "glue": "GLUE (8)", "mean": "mean"}
+
+
+def show(value):
+    """{"mean", "sd"} -> 72.1 ± 0.4"""
+    if value is None:
+        return "-"
+    return f"{value['mean']:.1f}" + (f" ± {value['sd']:.1f}" if value["sd"] is not None else "")
+
+
+def show_against(c):
+    """A comparison -> the difference with its interval, p, the smallest p, the relative gain."""
+    if c is None:
+        return ["no common seed", "-", "-"]
+    interval = f" [{c['low']:+.2f}, {c['high']:+.2f}]" if c["low"] is not None else ""
+    gain = "-" if c["gain_percent"] is None else f"{c['gain_percent']:+.1f} %"
+    return [f"{c['difference']:+.2f}{interval}", f"{c['p']:.3f} ({c['p_smallest']:.3f})", gain]
+
+
+def cells(table, parts=False):
+    """A table -> its two grids of strings, the first line of each being the header."""
+    everything = [*table["floors"], *table["rows"]]
+    ends = [end for end in END_NAMES if any(end in row["ends"] for row in everything)]
+    columns = []
+    for task in table["tasks"]:
+        names = example = next(row["parts"][task] for row in everything if task in row["parts"])
+        columns.append((task, lambda row, task=task: row["tasks"].get(task)))
+        if parts and len(names) > 1:
+            columns += [(f"{task} {part}", lambda row, task=task, part=part:
+                         row["parts"].get(task, {}).get(part)) for part in example]
+    columns += [(END_NAMES[end], lambda row, end=end: row["ends"].get(end)) for end in ends]
+    scores = [["arm", "n", *(name for name, _ in columns)]]
+    scores += [[row["name"], str(row["n"]), *(show(get(row)) for _, get in columns)]
+               for row in everything]
+    if table["baseline"] is None:
+        return scores, []
+    against = [["arm", "FLOPs", "with teacher", "time"]]
+    for end in ends:
+        against[0] += [f"{END_NAMES[end]}, difference", "p (smallest)", "gain"]
+    for row in table["rows"]:
+        costs = [f"{row[c]:.2f}" if row[c] else "-" for c in ("cost", "cost_with_teacher", "time")]
+        compared = itertools.chain.from_iterable(
+            ["", "", ""] if "against" not in row else show_against(row["against"].get(end))
+            for end in ends)
+        against.append([row["name"], *costs, *compared])
+    return scores, against
+
+
+def grid(lines, markdown):
+    """Lines of strings -> one text, aligned or as a Markdown table."""
+    if markdown:
+        lines = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
+        return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join("  ".join(
+        cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths))
+    ).rstrip() for line in lines)
+
+
+def show_tables(tables, markdown=False, parts=False):
+    """All tables as one text for a terminal or a README."""
+    out = []
+    if len(tables) > 1:
+        out.append(f"{len(tables)} tables: their runs differ in corpus, size, tokens or recipe, "
+                   "and cannot be compared")
+    for table in tables:
+        scores, against = cells(table, parts)
+        recipe = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in table["recipe"].items())
+        counts = {task: len(seeds) for task, seeds in table["fine_tuning_seeds"].items()}
+        times = ", ".join(map(str, sorted(set(counts.values()))))
+        out.append(f"{table['title']}. Recipe: {recipe}; fine-tuning seeds: {times}")
+        out.append(grid(scores, markdown))
+        if against:
+            out.append(f"Against {table['baseline']}, paired by seed (95 % t interval; exact "
+                       "sign-flip p, smallest attainable):")
+            out.append(grid(against, markdown))
+        if table["notes"]:
+            out.append("\n".join(f"- {note}" for note in table["notes"]))
+    return "\n\n".join(out)
