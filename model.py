@@ -221,6 +221,12 @@ def read_model(path):
     return model.eval()
 
 
+def share_types(weights):
+    """Pretraining sees token type 0 alone. Type 1, which fine-tuning gives to the second sentence
+    of a pair, begins there as a copy of it. Changes the state dict `weights`."""
+    weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
+
+
 def copy_weights(model, teacher):
     """Start `model` from a teacher of the same width: embeddings, head and blocks; every second
     block where the teacher is deeper (as DistilBERT does, Sanh et al. 2019). UserError on a misfit.
@@ -238,6 +244,18 @@ def copy_weights(model, teacher):
             _, i, rest = name.split(".", 2)
             state[name] = teacher.state_dict()[f"blocks.{int(i) * stride}.{rest}"]
     model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+def pick_machine(device, dtype):
+    """--device and --dtype -> (torch.device, "float32" or "bfloat16", why this one)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
+    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+    if dtype != "auto":
+        return device, dtype, "as asked"
+    if device.type == "cuda" and torch.cuda.is_bf16_supported():
+        return device, "bfloat16", "this GPU has it"
+    return device, "float32", "exact, and the fast one on most CPUs"
 
 
 def load(run):

@@ -23,7 +23,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from data.files import (
-    UserError, peak_memory, refuse_command, run_script, save_tensors, sha256_file,
+    UserError, add_flags, peak_memory, refuse_command, run_script, save_tensors, sha256_file,
 )
 from data.runs import (
     begin_run, check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint,
@@ -131,15 +131,7 @@ def parse_flags():
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
     parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")
-    for title, flags in FLAGS.items():
-        group = parser.add_argument_group(title)
-        for name, default, text, *choices in flags:
-            if default not in ("", -1):
-                text += f" (default {default})"
-            how = {"choices": choices[0]} if choices else {"type": type(default), "metavar": "X"}
-            if isinstance(default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            group.add_argument(f"--{name}", help=text, **how)
+    add_flags(parser, FLAGS)
     given = vars(parser.parse_args())
     name = given.pop("preset", None)
     flags = {**DEFAULTS, **PRESETS[name or "laptop"], **given}
@@ -161,13 +153,23 @@ from tqdm import tqdm
 import masking as M
 from data import corpus as corpora
 from data.tokenizer import MASK
-from model import SIZES, Bert, Shape, copy_weights, forward_flops, load
+from model import SIZES, Bert, Shape, copy_weights, forward_flops, load, pick_machine, share_types
 
 
 def lr_at(step, steps, peak, warmup_frac):
     """Linear warm-up, then linear decay; above 0 at the first update and at the last."""
     warmup = min(round(warmup_frac * steps), steps - 1)
     return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
 
 
 def plan(a, step):
@@ -208,14 +210,7 @@ def main():
     # ---- machine ---------------------------------------------------------------------------------
     if a.threads:
         torch.set_num_threads(a.threads)
-    if a.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
-    device = torch.device("cuda" if a.device != "cpu" and torch.cuda.is_available() else "cpu")
-    dtype, why = (earlier["dtype"], "as the run began") if earlier else (a.dtype, "as asked")
-    if dtype == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        dtype = "bfloat16" if fast else "float32"
-        why = "this GPU has it" if fast else "exact, and the fast one on most CPUs"
+    device, dtype, why = pick_machine(a.device, earlier["dtype"] if earlier else a.dtype)
     print(f"machine: {device.type}, {torch.get_num_threads()} threads, {dtype} ({why})")
 
     def amp():
@@ -255,14 +250,7 @@ def main():
     if a.init_from_teacher:
         copy_weights(model, teacher)
     model.to(device)
-    # Matrices and embeddings decay; biases and LayerNorm, which are vectors, do not.
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": a.weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=a.lr, betas=(0.9, 0.999), eps=1e-6, fused=True,  # BERT's betas and eps
-    )
+    optimizer = make_optimizer(model, a.lr, a.weight_decay)
     forward = torch.compile(model) if a.compile else model
     scorer = teacher if a.masking == "entropy" else model
     types = M.TypeEntropy(V, device) if a.score_input == "type" else None
@@ -434,8 +422,7 @@ def main():
         print(f"stopped after step {step}; go on with:  python train.py --resume {run}")
         sys.exit(128 + stop[0])
     weights = {n: w.cpu() for n, w in model.state_dict().items()}
-    # Token type 1 is first used in fine-tuning: it begins there as a copy of type 0.
-    weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
+    share_types(weights)
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
     lock.close()
     loss = read_log(run)[-1]["val_loss"]

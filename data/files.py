@@ -4,6 +4,7 @@ A user's mistake is a `UserError`: one line on stderr that says what to do, exit
 else that goes wrong is our bug and keeps its traceback.
 """
 
+import argparse
 import errno
 import fcntl
 import hashlib
@@ -26,6 +27,26 @@ class UserError(Exception):
 def refuse_command(message):
     """For argparse's parser.error: one line where it would print the whole usage."""
     raise UserError(f"{message}; --help lists what can be given")
+
+
+def add_flags(parser, flags):
+    """Add {group: [(name, default, help, choices where there are any)]} to an argparse parser."""
+    for title, group in flags.items():
+        arguments = parser.add_argument_group(title)
+        for name, default, text, *choices in group:
+            if default not in ("", -1):
+                text += f" (default {default})"
+            how = {"choices": choices[0]} if choices else {"type": type(default), "metavar": "X"}
+            if isinstance(default, bool):
+                how = {"action": argparse.BooleanOptionalAction}
+            arguments.add_argument(f"--{name}", help=text, **how)
+
+
+def check_range(flags, names, allowed, rule):
+    """UserError for the first of the flags in `names` whose value is not allowed(value)."""
+    for name in names.split():
+        if not allowed(flags[name]):
+            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: must be {rule}")
 
 
 def run_script(main):
@@ -132,8 +153,9 @@ def load_tensors(path):
         raise UserError(f"{path} is not one of our files: {str(error)[:120]}")
 
 
-def lock_folder(folder):
-    """Hold `folder` for this process until it ends, however it ends. UserError if another holds it.
+def lock_folder(folder, wait=False):
+    """Hold `folder` for this process until it ends, however it ends. Where another process holds
+    it: UserError, or, with `wait`, wait for it.
 
     The kernel drops a flock when its process dies, so a lock never outlives its owner. Keep the
     returned file object alive: closing it gives the folder back.
@@ -143,7 +165,7 @@ def lock_folder(folder):
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}")
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
         raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
     return handle

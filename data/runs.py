@@ -13,8 +13,8 @@ from pathlib import Path
 
 from data.download import NAMED
 from data.files import (
-    UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, write_atomic,
-    write_json,
+    UserError, check_range, load_tensors, lock_folder, read_json, save_tensors, sha256_file,
+    write_atomic, write_json,
 )
 
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
@@ -27,25 +27,23 @@ def check_flags(a, given):
         if not condition:
             raise UserError(message)
 
-    def each(names, test, rule):
-        for name in names.split():
-            need(test(a[name]), f"--{name.replace('_', '-')} {a[name]}: must be {rule}")
-
     if a["init_frac"] == -1:
         a["init_frac"] = 0.15 if a["masking"] == "self" else 0.0
     if a["mask_rate_end"] == -1:
         a["mask_rate_end"] = a["mask_rate"]
     a["out"] = a["out"] or f"runs/{a['masking']}-{a['seed']}"
     inf = float("inf")
-    each("steps batch_size lr clip tau init_std rotary_base log_every eval_blocks checkpoint_every",
-         lambda v: 0 < v < inf, "above 0")
-    each("seed corpus_tokens layers width pool micro_batch weight_decay threads eval_every "
-         "local_start", lambda v: 0 <= v < inf, "0 or more")
-    each("dropout init_frac warmup_frac", lambda v: 0 <= v < 1, "from 0 to below 1")
-    each("mask_rate mask_rate_end alpha", lambda v: 0 < v <= 1, "above 0 and at most 1")
-    each("seq_len", lambda v: v >= 16, "at least 16")
-    each("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head")
-    each("seed", lambda v: v < 2**63, "below 2^63")
+    for names, allowed, rule in (
+            ("steps batch_size lr clip tau init_std rotary_base log_every eval_blocks "
+             "checkpoint_every", lambda v: 0 < v < inf, "above 0"),
+            ("seed corpus_tokens layers width pool micro_batch weight_decay threads eval_every "
+             "local_start", lambda v: 0 <= v < inf, "0 or more"),
+            ("dropout init_frac warmup_frac", lambda v: 0 <= v < 1, "from 0 to below 1"),
+            ("mask_rate mask_rate_end alpha", lambda v: 0 < v <= 1, "above 0 and at most 1"),
+            ("seq_len", lambda v: v >= 16, "at least 16"),
+            ("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head"),
+            ("seed", lambda v: v < 2**63, "below 2^63")):
+        check_range(a, names, allowed, rule)
     names = ("docs", *NAMED)
     need(a["corpus"] in names or (a["corpus"] and Path(a["corpus"]).exists()),
          f"--corpus {a['corpus']}: no such file or folder; the names are {', '.join(names)}")
@@ -206,3 +204,27 @@ def open_log(run, step):
     lines = [line for line in read_log(run) if line["step"] <= step] if step else []
     write_atomic(run / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
     return open(run / "log.jsonl", "a"), lines[-1]["step"] if lines else None
+
+
+SCORE_KEYS = {"task", "seed", "recipe", "data", "model", "score", "parts", "majority", "rows",
+              "official", "trained_on"}
+
+
+def read_scores(folder, model):
+    """The scores in a folder's glue.json that belong to the weights with this sha256: a list of
+    dicts with SCORE_KEYS, as glue.py makes them. UserError if the file is damaged."""
+    path = Path(folder) / "glue.json"
+    if not path.exists():
+        return []
+    entries = read_json(path).get("scores")
+    if not isinstance(entries, list) or not all(
+            isinstance(entry, dict) and SCORE_KEYS <= set(entry) for entry in entries):
+        raise UserError(f"{path} is damaged: move it away, and the scores are computed again")
+    return [entry for entry in entries if entry["model"] == model]
+
+
+def add_score(folder, entry):
+    """Add an entry to glue.json; all that is there, also for another recipe, stays."""
+    path = Path(folder) / "glue.json"
+    entries = read_json(path)["scores"] if path.exists() else []
+    write_json(path, {"scores": [*entries, entry]})

@@ -27,7 +27,7 @@ SHA = hashlib.sha256(DATA).hexdigest()
 
 class Server(http.server.BaseHTTPRequestHandler):
     """/cut (half, then closed), /short, /long, /wrong, /403, /404, /moved, /stall, /norange, and
-    anything else is DATA."""
+    anything else is DATA; or, where there are server.files {name: bytes}, only these."""
 
     seen = []
 
@@ -41,6 +41,10 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_header("Location", "/good")
             return self.end_headers()
         body = {"short": DATA[:-5], "long": DATA + b"x", "wrong": DATA[::-1]}.get(what, DATA)
+        if self.server.files is not None:
+            body = self.server.files.get(what)
+            if body is None:
+                return self.send_error(404)
         first = int(wanted[6:-1]) if wanted and what not in ("norange", "wrong") else 0
         self.send_response(206 if first else 200)
         if first:
@@ -60,16 +64,23 @@ class Server(http.server.BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture()
-def server():
+def serve(files=None):
+    """Yield a running server, .url is its address and .seen what was asked; then stop it."""
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server)
-    server.waiting = threading.Event()
+    server.waiting, server.files, server.seen = threading.Event(), files, Server.seen
+    server.url = f"http://127.0.0.1:{server.server_port}/"
     Server.seen.clear()
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}/"
+    yield server
     server.waiting.set()
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture()
+def server():
+    for running in serve():
+        yield running.url
 
 
 def get(target, *urls):

@@ -56,14 +56,14 @@ def command(folder, out, *flags):
 
 
 def call(argv, monkeypatch):
-    """Run train.py in this process, as `python train.py ...` would."""
+    """Run a script in this process, as `python train.py ...` would."""
     gc.collect()  # a refusal's traceback may still hold the lock of its run folder
     monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-    runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
 
 
 def refused(argv, monkeypatch, capsys):
-    """Run train.py, expect status 2 and one line on stderr; return that line."""
+    """Run a script, expect status 2 and one line on stderr; return that line."""
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
         call(argv, monkeypatch)

@@ -1,0 +1,473 @@
+"""GLUE's files, metrics and statistics, by hand.   python -m pytest tests/test_glue_data.py -q"""
+
+import hashlib
+import io
+import math
+import zipfile
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from data import compare as C
+from data import metrics as m
+from data import tasks as G
+from data.files import UserError
+from model import Shape
+from tests.test_download import serve
+
+HEADERS = {
+    "SST-2": "sentence\tlabel",
+    "MRPC": "\ufeffQuality\t#1 ID\t#2 ID\t#1 String\t#2 String",
+    "STS-B": "index\tgenre\tfilename\tyear\told_index\tsource1\tsource2\t"
+             "sentence1\tsentence2\tscore",
+    "QQP": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+    "QNLI": "index\tquestion\tsentence\tlabel",
+    "RTE": "index\tsentence1\tsentence2\tlabel",
+    "WNLI": "index\tsentence1\tsentence2\tlabel",
+}
+MNLI = ("index\tpromptID\tpairID\tgenre\tsentence1_binary_parse\tsentence2_binary_parse\t"
+        "sentence1_parse\tsentence2_parse\tsentence1\tsentence2\tlabel1\t")
+LABELS = {"CoLA": "01", "SST-2": "01", "MRPC": "01", "QQP": "01", "WNLI": "01",
+          "STS-B": ["0.000", "3.800", "5.000"], "QNLI": ["entailment", "not_entailment"],
+          "RTE": ["entailment", "not_entailment"],
+          "MNLI": ["contradiction", "neutral", "entailment"]}
+
+
+def line(task, file, a, b, label):
+    """A row as the official files have it."""
+    return {
+        "CoLA": f"gj04\t{label}\t*\t{a}", "SST-2": f"{a}\t{label}",
+        "MRPC": f"{label}\t1\t2\t{a}\t{b}",
+        "STS-B": f"7\tnews\tf\t2012\t0001\tnone\tnone\t{a}\t{b}\t{label}",
+        "QQP": f"1\t2\t3\t{a}\t{b}\t{label}",
+        "MNLI": f"0\t1\t1n\tslate\t( x )\t( y )\t(ROOT)\t(ROOT)\t{a}\t{b}\tneutral\t"
+        + ("" if file == "train" else "neutral\tneutral\tneutral\tneutral\t") + label,
+    }.get(task, f"0\t{a}\t{b}\t{label}")
+
+
+def write_task(folder, task, sentences, n_dev=None):
+    """A task in the official layout: rows (a, b, label) in train.tsv, again in the dev files."""
+    (folder / task).mkdir(parents=True, exist_ok=True)
+    for file in ("train", *G.TASKS[task].dev):
+        header = HEADERS.get(task)
+        if task == "MNLI":
+            header = MNLI + ("gold_label" if file == "train" else
+                             "label2\tlabel3\tlabel4\tlabel5\tgold_label")
+        rows = sentences if file == "train" else sentences[:n_dev]
+        lines = ([header] if header else []) + [line(task, file, *row) for row in rows]
+        (folder / task / f"{file}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+ROWS = [('a " stray quote', "one \x85 two", 0), ("b", 'c"', 1), ("it 's, fine", "d", 0)]
+
+
+@pytest.mark.parametrize("task", G.TASKS)
+def test_every_task_is_read_from_the_official_layout(task, tmp_path):
+    labels = LABELS[task]
+    write_task(tmp_path, task, [(a, b, labels[y]) for a, b, y in ROWS])
+    train, devs, sha256 = G.read_task(task, tmp_path, "")
+    assert len(devs) == len(G.TASKS[task].dev) and len(sha256) == 64
+    for part in (train, *devs):
+        assert [list(row) for row in zip(*part.sentences)] == [
+            [a, b][:len(part.sentences)] for a, b, _ in ROWS]
+        wanted = {"STS-B": [0.0, 3.8, 0.0], "MNLI": [2, 1, 2]}.get(task, [0, 1, 0])
+        assert part.labels == wanted
+    assert len(train.sentences) == (1 if task in ("CoLA", "SST-2") else 2)
+    assert (train.official, *[d.official for d in devs]) == G.TASKS[task].rows
+
+
+def test_labels_map_by_name():
+    entailment = {"entailment": 0, "not_entailment": 1}
+    assert G.TASKS["RTE"].labels == entailment == G.TASKS["QNLI"].labels
+    assert [G.TASKS[t].outputs for t in G.TASKS] == [2, 2, 2, 1, 2, 3, 2, 2, 2]
+    assert C.PRIMARY == ["SST-2", "QQP", "MNLI", "QNLI"]
+    assert C.AVERAGED == ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE"]
+
+
+def test_mrpc_from_the_original_release(tmp_path):
+    (tmp_path / "MRPC").mkdir()
+    rows = [f"{i % 2}\t{i}\t{i + 100}\tsentence {i}\tother {i}" for i in range(6)]
+    (tmp_path / "MRPC" / "msr_paraphrase_train.txt").write_text(
+        "\n".join([HEADERS["MRPC"], *rows]) + "\n", encoding="utf-8")
+    ids = tmp_path / "MRPC" / "mrpc_dev_ids.tsv"
+    ids.write_text("4\t104\n1\t101\n")
+    train, (dev,), _ = G.read_task("MRPC", tmp_path, "")
+    assert dev.sentences[0] == ["sentence 1", "sentence 4"] and dev.labels == [1, 0]
+    assert train.sentences[1] == ["other 0", "other 2", "other 3", "other 5"]
+    assert train.labels == [0, 0, 1, 1] and (train.official, dev.official) == (3668, 408)
+    ids.write_text("4\t104\n1\t999\n")
+    with pytest.raises(UserError, match="names 2 pairs .* has 1"):
+        G.read_task("MRPC", tmp_path, "")
+
+
+BAD = {  # what is wrong -> (task, text of train.tsv, the message)
+    "header": ("SST-2", "text\tlabel\nx\t1\n", "line 1: a header .* sentence is not there"),
+    "columns": ("SST-2", "sentence\tlabel\nfine\t1\nnot fine\n", "line 3: 2 tab-sep.* not 1"),
+    "cola": ("CoLA", "gj04\t1\t\n", "line 1: 4 tab-separated columns were expected, not 3"),
+    "label": ("RTE", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n",
+              "line 2: the label entailment or not_entailment was expected, not 'maybe'"),
+    "unlabelled": ("SST-2", "sentence\tlabel\nfine\t-1\n", "line 2.*have no labels"),
+    "test file": ("SST-2", "index\tsentence\n0\tx\n", "line 1: .*label is not there"),
+    "score": ("STS-B", HEADERS["STS-B"] + "\n" + line("STS-B", "train", "a", "b", "nan"),
+              "line 2: the label a number from 0 to 5"),
+    "range": ("STS-B", HEADERS["STS-B"] + "\n" + line("STS-B", "train", "a", "b", "5.1"),
+              "line 2: the label a number from 0 to 5"),
+    "empty": ("SST-2", "", "line 1: a header"),
+    "no rows": ("SST-2", "sentence\tlabel\n", "has no rows"),
+    "bytes": ("SST-2", b"sentence\tlabel\nfine\t1\n\xff\xfe\t1\n", "line 3: not UTF-8"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_a_wrong_file_is_named_with_its_line(what, tmp_path):
+    task, text, message = BAD[what]
+    (tmp_path / task).mkdir()
+    data = text if isinstance(text, bytes) else text.encode()
+    (tmp_path / task / "train.tsv").write_bytes(data)
+    with pytest.raises(UserError, match=message):
+        G.read_task(task, tmp_path, "")
+
+
+def test_a_missing_file_says_what_belongs_there(tmp_path):
+    with pytest.raises(UserError, match="RTE/train.tsv: No such file.*official layout"):
+        G.read_task("RTE", tmp_path, "")
+
+
+def test_malformed_rows_of_qqp_are_left_out_and_counted(tmp_path, capsys):
+    rows = [("a", "b", "1")] * 2000
+    write_task(tmp_path, "QQP", rows)
+    path = tmp_path / "QQP" / "train.tsv"
+    path.write_text(path.read_text() + "17\t18\tcut in the\n19\t20\n")
+    train, _, _ = G.read_task("QQP", tmp_path, "")
+    assert len(train) == 2000 and "2 malformed rows left out" in capsys.readouterr().err
+    path.write_text(path.read_text() + "x\n" * 10)
+    with pytest.raises(UserError, match="line 2004: 6 tab-separated columns"):
+        G.read_task("QQP", tmp_path, "")
+
+
+# --------------------------------------------------------------------------------------------------
+# downloads
+
+
+def archive(**members):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as z:
+        for name, data in members.items():
+            z.writestr(name, data)
+    return buffer.getvalue()
+
+
+def offer(monkeypatch, server, task, files):
+    """Serve {name: bytes} as the archives of `task`."""
+    server.files.update(files)
+    monkeypatch.setitem(G.FILES, task, [
+        (f"{server.url}{name}", len(data), hashlib.sha256(data).hexdigest())
+        for name, data in files.items()])
+
+
+@pytest.fixture()
+def server():
+    yield from serve({})
+
+
+SST = b"sentence\tlabel\nfine\t1\nbad\t0\n"
+
+
+def test_an_archive_is_downloaded_once_and_read_in_place(server, tmp_path, monkeypatch, capsys):
+    evil = {"../evil.tsv": b"x", "/tmp/evil.tsv": b"x", "SST-2/../../evil.tsv": b"x"}
+    data = archive(**{"SST-2/train.tsv": SST, "SST-2/dev.tsv": SST, "SST-2/test.tsv": b"", **evil})
+    offer(monkeypatch, server, "SST-2", {"SST-2.zip": data})
+    for _ in range(2):
+        train, (dev,), _ = G.read_task("SST-2", "", tmp_path / "cache")
+        assert train.labels == dev.labels == [1, 0]
+    assert len(server.seen) == 1
+    out = capsys.readouterr().out
+    assert f"{server.url}SST-2.zip" in out and "MB" in out
+    written = {p.name for p in tmp_path.rglob("*") if p.is_file()}
+    assert written == {"SST-2.zip", ".lock"}  # nothing was unpacked, inside or outside
+
+
+def test_mrpc_is_made_from_its_two_downloads(server, tmp_path, monkeypatch):
+    rows = "".join(f"1\t{i}\t{i + 9}\ta{i}\tb{i}\n" for i in range(3))
+    offer(monkeypatch, server, "MRPC", {
+        "msr_paraphrase_train.txt": (HEADERS["MRPC"] + "\n" + rows).encode(),
+        "mrpc_dev_ids.tsv": b"1\t10\n"})
+    train, (dev,), _ = G.read_task("MRPC", "", tmp_path)
+    assert train.sentences[0] == ["a0", "a2"] and dev.sentences[0] == ["a1"]
+
+
+@pytest.mark.parametrize("data, message", [
+    (archive(**{"SST-2/test.tsv": SST}), "has no readable SST-2/train.tsv"),
+    (b"not an archive", "has no readable SST-2/train.tsv"),
+    (archive(**{"SST-2/train.tsv": b"0" * 5000}), "has more than"),
+])
+def test_a_wrong_archive_is_one_line(data, message, server, tmp_path, monkeypatch):
+    offer(monkeypatch, server, "SST-2", {"SST-2.zip": data})
+    monkeypatch.setattr(G, "MAX_BYTES", 1000)  # a bomb is not unpacked beyond this
+    with pytest.raises(UserError, match=message):
+        G.read_task("SST-2", "", tmp_path)
+
+
+def test_a_failed_download_says_what_to_put_where(server, tmp_path, monkeypatch):
+    offer(monkeypatch, server, "SST-2", {"SST-2.zip": archive(**{"SST-2/train.tsv": SST})})
+    server.files.clear()
+    with pytest.raises(UserError, match=r"SST-2.zip.*put the file at .*/SST-2.zip by hand"):
+        G.read_task("SST-2", "", tmp_path)
+
+
+def test_the_recorded_files_are_whole():
+    assert set(G.FILES) == set(G.TASKS)
+    for task, files in G.FILES.items():
+        for url, size, sha256 in files:
+            assert url.startswith("https://") and size > 5000 and len(sha256) == 64
+    assert len({f[2] for files in G.FILES.values() for f in files}) == 10
+
+
+# --------------------------------------------------------------------------------------------------
+# rows and batches
+
+
+class Letters:
+    """A tokenizer with a token per letter: a is 5."""
+
+    def encode(self, texts, threads=1):
+        return [[ord(c) - ord("a") + 5 for c in text] for text in texts]
+
+
+def test_encoding_cuts_the_longer_sentence_and_keeps_every_sep():
+    (ids, first), = G.encode_rows(Letters(), [["abc"]], 16)
+    assert ids.tolist() == [2, 5, 6, 7, 3] and first == 5
+    (ids, first), = G.encode_rows(Letters(), [["abc"], ["de"]], 16)
+    assert ids.tolist() == [2, 5, 6, 7, 3, 8, 9, 3] and first == 5
+    rows = [("a" * 50, "bcd"), ("a", "b" * 50), ("a" * 50, "b" * 50), ("a" * 50, "")]
+    for (a, b), (ids, first) in zip(rows, G.encode_rows(Letters(), list(zip(*rows)), 20)):
+        ids = ids.tolist()
+        assert len(ids) == 20 and ids.count(3) == 2 and ids[first - 1] == ids[-1] == 3
+        kept_a, kept_b = first - 2, 20 - first - 1
+        assert kept_a == len(a) or kept_b == len(b) or abs(kept_a - kept_b) <= 1
+    (ids, _), = G.encode_rows(Letters(), [["a" * 50]], 20)
+    assert len(ids) == 20 and ids[-1] == 3
+
+
+def test_batches_hold_every_row_once_and_are_of_like_length():
+    lengths = np.random.default_rng(0).integers(5, 100, 1003)
+    first = G.batches(lengths, 8, 1, 0)
+    assert sorted(np.concatenate(first)) == list(range(1003)) and len(first) == math.ceil(1003 / 8)
+    padded = sum(len(b) * lengths[b].max() for b in first)
+    assert padded < 1.1 * lengths.sum()
+    again, other = G.batches(lengths, 8, 1, 0), G.batches(lengths, 8, 1, 1)
+    assert all((a == b).all() for a, b in zip(first, again))
+    assert any((a != b).any() for a, b in zip(first, other) if len(a) == len(b))
+    of_batches = [lengths[b].mean() for b in first]
+    assert abs(np.corrcoef(of_batches, range(len(first)))[0, 1]) < 0.3  # not from short to long
+
+
+# --------------------------------------------------------------------------------------------------
+# metrics
+
+
+def test_metrics_by_hand():
+    guess, truth = torch.tensor([1, 1, 0, 0, 1, 0]), torch.tensor([1, 0, 0, 1, 1, 0])
+    # true positives 2, false positives 1, false negatives 1, true negatives 2
+    assert m.accuracy(guess, truth) == pytest.approx(4 / 6)
+    assert m.f1(guess, truth) == pytest.approx(2 / 3)
+    assert m.matthews(guess, truth) == pytest.approx((2 * 2 - 1 * 1) / 9)
+    a, b = torch.tensor([1.0, 2, 3, 4]), torch.tensor([2.0, 1, 4, 3])
+    assert m.pearson(a, b) == pytest.approx(0.6) and m.spearman(a, b) == pytest.approx(0.6)
+    assert m.spearman(a, b.exp()) == pytest.approx(0.6) != pytest.approx(m.pearson(a, b.exp()))
+    # ties: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
+    assert m.spearman(torch.tensor([1.0, 2, 2, 3]), a) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
+    assert m.mean_ranks(torch.tensor([7.0, 1, 7, 7, 0])).tolist() == [4, 2, 4, 4, 1]
+
+
+def test_metrics_are_exact_in_float64():
+    random = np.random.default_rng(0)
+    x, y = random.normal(size=500), random.normal(size=500)
+    ours = m.pearson(torch.tensor(x), torch.tensor(y))
+    assert ours == pytest.approx(np.corrcoef(x, y)[0, 1], abs=1e-14)
+    p, t = random.integers(0, 2, (2, 500))
+    tp, tn = ((p == 1) & (t == 1)).sum(), ((p == 0) & (t == 0)).sum()
+    fp, fn = ((p == 1) & (t == 0)).sum(), ((p == 0) & (t == 1)).sum()
+    by_formula = (tp * tn - fp * fn) / math.sqrt(
+        float(tp + fp) * float(tp + fn) * float(tn + fp) * float(tn + fn))
+    assert m.matthews(torch.tensor(p), torch.tensor(t)) == pytest.approx(by_formula, abs=1e-14)
+
+
+def test_degenerate_predictions_score_0():
+    zeros, ones, mixed = torch.zeros(4).long(), torch.ones(4).long(), torch.tensor([0, 1, 1, 0])
+    assert m.f1(zeros, mixed) == m.f1(zeros, zeros) == 0 and m.f1(ones, mixed) == 2 / 3
+    assert m.matthews(zeros, mixed) == m.matthews(mixed, ones) == 0
+    score = torch.tensor([1.0, 2, 3, 4])
+    constant = torch.full((4,), 0.1)  # its mean is not exactly 0.1
+    broken = torch.tensor([1.0, math.nan, 2, 3])
+    for metric in (m.pearson, m.spearman):
+        assert metric(constant, score) == metric(score, constant) == metric(broken, score) == 0
+    tiny = torch.tensor([0, 1e-200, 0, 1e-200], dtype=torch.float64)
+    assert m.pearson(tiny, tiny) == pytest.approx(1)
+
+
+def test_metrics_agree_with_scikit_learn_and_scipy_where_they_are():
+    sklearn, stats = pytest.importorskip("sklearn.metrics"), pytest.importorskip("scipy.stats")
+    random = np.random.default_rng(1)
+    for _ in range(20):
+        p, t = random.integers(0, 2, (2, 50))
+        tp, tt = torch.tensor(p), torch.tensor(t)
+        assert m.f1(tp, tt) == pytest.approx(sklearn.f1_score(t, p))
+        assert m.matthews(tp, tt) == pytest.approx(sklearn.matthews_corrcoef(t, p))
+        x, y = random.integers(0, 6, (2, 40)).astype(float)
+        tx, ty = torch.tensor(x), torch.tensor(y)
+        assert m.spearman(tx, ty) == pytest.approx(stats.spearmanr(x, y)[0])
+        assert m.pearson(tx, ty) == pytest.approx(stats.pearsonr(x, y)[0])
+    assert C.t_factor(7) == pytest.approx(stats.t.ppf(0.975, 7))
+
+
+# --------------------------------------------------------------------------------------------------
+# statistics and tables
+
+
+def test_t_factor_is_the_textbook_s():
+    book = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 8: 2.306, 9: 2.262, 17: 2.110,
+            30: 2.042, 120: 1.980}
+    for df, value in book.items():
+        assert C.t_factor(df) == pytest.approx(value, abs=5e-4)
+
+
+def test_sign_flip_by_hand():
+    # Of the 8 sign patterns of 1, 2, 3 only +++ and --- reach a sum of 6.
+    assert C.sign_flip([1.0, 2.0, 3.0]) == (2 / 8, 2 / 8)
+    # |1 + 2 - 3| = 0: every pattern is as far. And |1 + 3 - 2| = 2: sums 6, 4, 2 and 0 (twice).
+    assert C.sign_flip([1.0, 2.0, -3.0]) == (1.0, 0.25)
+    assert C.sign_flip([1.0, -2.0, 3.0]) == (6 / 8, 0.25)
+    assert C.sign_flip([0.1] * 9) == (2 / 512, 2 / 512)  # rounding does not lose a tie
+    assert C.sign_flip([0.5]) == (1.0, 1.0)
+
+
+def test_paired_by_hand():
+    arm, base = {0: 72.0, 1: 71.0, 2: 73.0, 9: 50.0}, {0: 70.0, 1: 70.0, 2: 70.0, 7: 10.0}
+    c = C.paired(arm, base)  # differences 2, 1, 3: mean 2, sd 1, standard error 1 / sqrt(3)
+    assert c["pairs"] == 3 and c["difference"] == pytest.approx(2)
+    assert c["high"] - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4) == 2 - c["low"]
+    assert c["p"] == c["p_smallest"] == 0.25 and c["gain_percent"] == pytest.approx(100 * 2 / 70)
+    one = C.paired({0: 1.0}, {0: 2.0})
+    assert one["low"] is None and one["p"] == 1 and C.paired({0: 1.0}, {1: 2.0}) is None
+
+
+def entry(task, seed, score, recipe=None, data="d", rows=None):
+    official = list(G.TASKS[task].rows)
+    names = ["matched", "mismatched"] if task == "MNLI" else G.TASKS[task].metrics
+    # Parts lie 2 to both sides of the score: the primary endpoint takes the first of them.
+    parts = {n: score + d for n, d in zip(names, (2, -2) if len(names) > 1 else (0,))}
+    return {"task": task, "seed": seed, "score": score, "parts": parts,
+            "recipe": recipe or {"lr": 1}, "data": data, "majority": {n: 40.0 for n in names},
+            "rows": rows or official, "official": official, "trained_on": (rows or official)[0]}
+
+
+FLAGS = {"masking": "random", "select": "mix", "distill": "off", "mask_rate": 0.15,
+         "mask_rate_end": 0.15, "steps": 100, "flops_of": "", "seed": 0}
+
+
+def fake_run(seed, scores, masking="random", flops=100.0, tokens=1000, **flags):
+    """A run as open_subject of glue.py gives it; scores: {task: score}."""
+    flags = {**FLAGS, "masking": masking, "seed": seed, **flags}
+    return SimpleNamespace(
+        path=f"{masking}-{seed}-{flags}", seed=seed, flags=flags, defaults=FLAGS, shape=Shape(600),
+        tokenizer=SimpleNamespace(sha256="t"), corpus="c" * 64, tokens=tokens, flops=flops,
+        flops_of=flags["flops_of"], teacher_flops=0, flops_with_teacher=flops, seconds=10.0,
+        margin=1.0, entries=[entry(task, 0, score) for task, score in scores.items()])
+
+
+def floor_of(score):
+    return {(Shape(600), "t"): [SimpleNamespace(seed=0, entries=[
+        entry(task, 0, score) for task in G.TASKS])]}
+
+
+def test_the_table_by_hand():
+    base = {task: 60.0 for task in G.TASKS}
+    runs = [fake_run(s, {**base, "RTE": 60.0 + s}) for s in range(3)]
+    better = {**base, "SST-2": 68.0, "WNLI": 0.0}
+    runs += [fake_run(s, {**better, "RTE": 60.0 + s}, "self", flops=140.0) for s in range(3)]
+    table, = C.make_tables(runs, floor_of(50.0))
+    random, own = table["rows"]
+    assert (random["name"], own["name"], own["n"]) == ("random", "self", 3)
+    assert random["tasks"]["RTE"]["mean"] == 61 and random["tasks"]["RTE"]["sd"] == 1
+    # primary: SST-2, QNLI; MNLI-m and the accuracy of QQP, which lie 2 above their task's score
+    assert random["ends"]["primary"]["mean"] == pytest.approx((60 + 62 + 62 + 60) / 4)
+    assert own["ends"]["primary"]["mean"] == pytest.approx((68 + 62 + 62 + 60) / 4)
+    # GLUE: 8 tasks, WNLI is not among them
+    assert random["ends"]["glue"]["mean"] == pytest.approx((7 * 60 + 61) / 8)
+    assert own["ends"]["glue"]["seeds"][0] == pytest.approx((6 * 60 + 68 + 60) / 8)
+    assert own["cost"] == 1.4 and random["cost"] == 1 and "against" not in random
+    c = own["against"]["glue"]
+    assert c["difference"] == pytest.approx(1) and c["pairs"] == 3 and c["p"] == 0.25
+    assert c["gain_percent"] == pytest.approx(100 / 60.125)
+    assert [row["name"] for row in table["floors"]] == ["majority class", "random weights"]
+    assert any("can be compared" in note for note in table["notes"])
+    text = C.show_tables([table])
+    assert "61.0 ± 1.0" in text and "0.250 (0.250)" in text and "+1.00 [+1.00, +1.00]" in text
+    markdown = C.show_tables([table], markdown=True)
+    lines = [x for x in markdown.splitlines() if x.startswith("|")]
+    assert len({x.count("|") for x in lines[:6]}) == 1 and lines[1].startswith("| --- |")
+    assert "MNLI mismatched" in C.show_tables([table], parts=True)
+
+
+def test_a_random_arm_that_is_no_better_than_its_floor_is_not_a_baseline():
+    runs = [fake_run(s, {task: 60.0 for task in G.TASKS}, name) for name in ("random", "self")
+            for s in range(2)]
+    table, = C.make_tables(runs, floor_of(59.5))
+    note, = [n for n in table["notes"] if "NO COMPARISON" in n]
+    # SST-2 has 872 rows: two errors of a difference are 2 sqrt(2 * 0.6 * 0.4 / 872) = 4.7 points
+    assert "SST-2 +0.5 against random weights, within two standard errors (4.7)" in note
+    assert "QQP +0.5" in note and "0.7" in note
+    for run in runs:
+        run.margin = 0.3
+    table, = C.make_tables(runs, floor_of(30.0))
+    assert any("0.30 nats below" in n and "SST-2" not in n for n in table["notes"])
+
+
+def test_what_cannot_be_compared_stands_apart():
+    scores = {"RTE": 60.0}
+    runs = [fake_run(0, scores), fake_run(0, scores, "self"), fake_run(0, scores, tokens=2000),
+            fake_run(0, scores, tokens=3000, flops=140.0, steps=300, flops_of="runs/self-0")]
+    runs[1].flops = 140.0
+    tables = C.make_tables(runs, {})
+    assert sorted(len(t["rows"]) for t in tables) == [1, 3]
+    assert "cannot be compared" in C.show_tables(tables)
+    names = [row["name"] for t in tables if len(t["rows"]) == 3 for row in t["rows"]]
+    assert names == ["random", "self", "random, steps 300, equal FLOPs"]
+    runs[0].entries.append(entry("RTE", 0, 61.0, {"lr": 2}))
+    assert len(C.make_tables(runs, {})) == 3  # another recipe
+
+
+def test_arms_are_named_by_what_differs():
+    scores = {"RTE": 60.0}
+    runs = [fake_run(0, scores), fake_run(0, scores, "self"),
+            fake_run(0, scores, "self", select="high"),
+            fake_run(0, scores, mask_rate=0.3), fake_run(1, scores, "self", out="elsewhere")]
+    table, = C.make_tables(runs, {})
+    assert [(row["name"], row["n"]) for row in table["rows"]] == [
+        ("random", 1), ("self", 2), ("self, select high", 1), ("random, mask-rate 0.3", 1)]
+    assert table["baseline"] == "random"  # the plain one, not the one whose rate falls
+    table, = C.make_tables(runs, {}, [runs[2].path])
+    assert table["baseline"] == "self, select high"
+    with pytest.raises(UserError, match="the same arm and seed"):
+        C.make_tables([*runs, fake_run(0, scores, "self", out="again")], {})
+
+
+def test_scores_that_are_missing_or_of_other_rows():
+    runs = [fake_run(0, {"RTE": 60.0, "CoLA": 10.0}), fake_run(0, {"RTE": 62.0}, "self")]
+    runs[1].entries.append(entry("RTE", 1, 90.0))  # random has no such fine-tuning seed
+    table, = C.make_tables(runs, {})
+    tasks = table["rows"][1]["tasks"]
+    assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
+    assert "-" in C.show_tables([table])
+    subset = [1000, 277]
+    runs = [fake_run(0, {}), fake_run(0, {}, "self"), fake_run(1, {})]
+    runs[0].entries = [entry("RTE", 0, 60.0, rows=subset)]
+    runs[2].entries = [entry("RTE", 0, 61.0, rows=subset)]
+    runs[1].entries = [entry("RTE", 0, 99.0, data="others")]
+    table, = C.make_tables(runs, {})
+    assert "RTE" not in table["rows"][1]["tasks"]
+    assert "RTE: scores on other rows are left out" in table["notes"]
+    assert "RTE 1000 of 2490 (training), 277 of 277 (development)" in table["notes"]
