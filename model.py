@@ -10,8 +10,11 @@ Two things differ from the textbook:
    default: an initialisation that lets a small model leave the unigram plateau. `learned` is BERT
    as published. README, "Leaving the plateau", has the measurements.
 
-    python model.py                     # the sizes, their parameters and FLOPs per token
-    model, tokenizer = load("runs/self-0")
+    python model.py                                # the sizes, their parameters and FLOPs
+    python model.py runs/self-0 --fill "The [MASK] returns a tensor."
+    python model.py runs/self-0 --export FOLDER    # for Hugging Face transformers
+
+    model, tokenizer = load("runs/self-0")         # the same from Python
     fill_mask(model, tokenizer, "The [MASK] returns a tensor.")
 
 Shapes: B rows, T tokens a row, k masked positions a row, d width, h heads, V vocabulary.
@@ -25,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from data.export import export
 from data.files import UserError, load_tensors, read_json, refuse_command, run_script
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 
@@ -286,9 +290,27 @@ def fill_mask(model, tokenizer, text, best=5):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Print the sizes, parameters and FLOPs.")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", nargs="?", help="a finished run folder; without one: the sizes")
+    parser.add_argument("--fill", metavar="TEXT", help="print the five best guesses for its [MASK]")
+    parser.add_argument("--export", metavar="DIR", help="write a folder that transformers opens: "
+                        "BertForMaskedLM, or RoFormerForMaskedLM with rotary positions")
     parser.error = refuse_command
-    parser.parse_args()
+    a = parser.parse_args()
+    if bool(a.run) != bool(a.fill or a.export):
+        raise UserError("give a run folder and what to do with it:  python model.py RUN --fill "
+                        '"The [MASK] is open."  or  --export DIR')
+    if a.run:
+        model, tokenizer = load(a.run)
+        for guesses in fill_mask(model, tokenizer, a.fill) if a.fill else ():
+            print("  ".join(f"{piece.replace('▁', ' ').strip() or piece} {p:.3f}"
+                            for piece, p in guesses))
+        if a.export:
+            kind = export(model, tokenizer, a.export)
+            print(f"{a.export}: open it with  transformers.{kind}.from_pretrained and "
+                  "AutoTokenizer.from_pretrained")
+        return
     print("size     layers  width  parameters  MFLOP per token and training step (T 128, 15 %)")
     for name, (layers, width) in SIZES.items():
         shape = Shape(vocab_size=8192, layers=layers, width=width)

@@ -1,0 +1,171 @@
+"""python model.py RUN --export DIR and --fill.   python -m pytest tests/test_export.py -q
+
+What needs Hugging Face transformers is skipped where it is not installed.
+"""
+
+import json
+import random
+import re
+import struct
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import model as model_script
+from data import corpus as corpora
+from data.export import fields, interleave, safetensors
+from data.files import UserError, run_script, save_tensors, write_json
+from data.tokenizer import Tokenizer
+from model import Bert, Shape, load
+from tests.test_data import write_corpus
+
+ENGLISH = """It's a truth universally acknowledged, that a single man in possession of a good
+fortune must be in want of a wife -- isn't it?|
+In 1984 (or 1,984?) 50% of 3.5 million people paid $20.|
+"Naïve" café-goers said: “Straße” and ﬁnally… ½ of the Ⅳ|   spaces   and\ttabs  |a|.|
+Model outputs are read by the model; the reader learns to read every hidden token of it.|
+C++ e.g. x_1 == y[0]; https://example.org/?q=a+b&c#d|日本語 and Ελλάδα, 😀 emoji\u200b|
+|readers READERS Readers|'s|n't|--|(a)|İstanbul|e\u0301gal|it is 10:30 a.m.""".split("|")
+
+
+def make_run(folder, positions, **shape):
+    source = write_corpus(folder / "text.txt")
+    text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
+    torch.manual_seed(0)
+    model = Bert(Shape(600, 3, 128, 64, positions=positions, init_std=0.2, **shape))
+    for name, p in model.named_parameters():  # biases and norms away from 0 and 1
+        if p.dim() < 2:
+            torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name else 0.0)
+    run = folder / positions
+    run.mkdir()
+    (run / "tokenizer.model").write_bytes(text.tokenizer_path.read_bytes())
+    write_json(run / "config.json", {"tokenizer_sha256": text.tokenizer.sha256})
+    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict()})
+    return run
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export")
+    return {"rotary": make_run(folder, "rotary", rotary_base=100.0),
+            "learned": make_run(folder, "learned")}
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["model.py", *map(str, argv)])
+    run_script(model_script.main)
+
+
+def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):
+    call(monkeypatch, runs["rotary"], "--fill", "The [MASK] reads the [MASK].")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 and all(len(re.findall(r"\S+ 0\.\d{3}", line)) == 5 for line in lines)
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["RUN"], "give a run folder and what to do with it"),
+    (["--fill", "a [MASK]"], "give a run folder and what to do with it"),
+    (["RUN", "--fill", "no mask"], r"there is no \[MASK\] in the text"),
+    (["/nowhere", "--export", "x"], "is not a run folder"),
+    (["RUN", "--exprt", "x"], "unrecognized arguments: --exprt"),
+])
+def test_mistakes_are_one_line(argv, message, runs, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *(runs["rotary"] if a == "RUN" else a for a in argv))
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
+
+
+def test_an_export_is_never_overwritten(runs, tmp_path, monkeypatch, capsys):
+    call(monkeypatch, runs["learned"], "--export", tmp_path / "out")
+    assert "BertForMaskedLM" in capsys.readouterr().out
+    before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit):
+        call(monkeypatch, runs["rotary"], "--export", tmp_path / "out")
+    assert "exists: give another folder" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+
+
+def test_safetensors_bytes_by_hand():
+    data = safetensors({"a": torch.tensor([[1.0, 2.0]]), "b": torch.tensor([3.0])})
+    size, = struct.unpack("<Q", data[:8])
+    header = json.loads(data[8:8 + size])
+    assert size % 8 == 0 and header.pop("__metadata__") == {"format": "pt"}
+    assert header == {"a": {"dtype": "F32", "shape": [1, 2], "data_offsets": [0, 8]},
+                      "b": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}
+    assert struct.unpack("<3f", data[8 + size:]) == (1.0, 2.0, 3.0)
+
+
+def test_rotary_planes_change_their_order():
+    x = torch.arange(2 * 6)  # two heads of width 6: the planes are (0, 3), (1, 4), (2, 5)
+    assert interleave(x, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+
+
+def test_the_protocol_buffer_reader():
+    data = bytes([0x08, 0x96, 0x01, 0x12, 2, 7, 8, 0x1D, 0, 0, 0, 0, 0x21, *[0] * 8, 0x1A, 1, 9])
+    assert [(n, bytes(v)) for n, v in fields(data)] == [(2, b"\7\10"), (3, b"\t")]
+
+
+# --------------------------------------------------------------------------------------------------
+# against transformers
+
+
+@pytest.fixture(scope="module")
+def exported(runs, tmp_path_factory):
+    pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp("exported")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, run in runs.items():
+            call(patch, run, "--export", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_transformers_has_the_same_logits(positions, runs, exported):
+    import transformers
+    name = {"rotary": "RoFormerForMaskedLM", "learned": "BertForMaskedLM"}[positions]
+    theirs, info = getattr(transformers, name).from_pretrained(
+        exported / positions, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not info["mismatched_keys"]
+    auto = transformers.AutoModelForMaskedLM.from_pretrained(exported / positions)
+    assert type(auto) is type(theirs)
+    ours, _ = load(runs[positions])
+    torch.manual_seed(1)
+    tokens = torch.randint(5, 600, (4, 40))
+    types = torch.randint(0, 2, (4, 40))
+    attend = torch.arange(40) < torch.tensor([[40], [33], [7], [1]])
+    tokens[~attend] = 0
+    with torch.inference_mode():
+        a = ours(tokens, None, types, attend)[attend]
+        for other in (theirs.eval(), auto.eval()):
+            b = other(input_ids=tokens, token_type_ids=types, attention_mask=attend.long()).logits
+            assert a.std() > 1 and (a - b[attend]).abs().max() < 1e-4
+
+
+def test_auto_tokenizer_gives_the_same_ids(runs, exported):
+    from transformers import AutoTokenizer
+    ours = Tokenizer(runs["rotary"] / "tokenizer.model")
+    theirs = AutoTokenizer.from_pretrained(exported / "rotary")
+    rng = random.Random(0)
+    words = (runs["rotary"].parent / "text.txt").read_text().split()
+    texts = [*ENGLISH, *(" ".join(rng.choices(words, k=12)) for _ in range(200))]
+    for text in texts:
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+    pair = theirs("one word", "and another")
+    a, b = ours.encode("one word"), ours.encode("and another")
+    assert pair["input_ids"] == [2, *a, 3, *b, 3]
+    assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
+    assert theirs("a [MASK] b")["input_ids"].count(4) == 1 and theirs.model_max_length == 64
+    assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id,
+            theirs.mask_token_id] == [0, 1, 2, 3, 4]
+    for text in texts:
+        assert theirs.decode(ours.encode(text)).strip() == ours.decode(ours.encode(text)).strip()
+
+
+def test_a_stranger_s_file_is_no_folder(runs, tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(UserError, match="cannot create"):
+        model_script.export(*load(runs["rotary"]), tmp_path / "file" / "below")
