@@ -37,11 +37,11 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
-    ("batch-size", 32, "rows in an update"),
+    ("batch-size", 16, "rows in an update"),
     ("lr", -1.0, "peak learning rate (default 3e-4; with --freeze 3e-3)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
-    ("dropout", 0.1, "in the encoder and on the sentence vector, whatever pretraining had"),
+    ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
     ("clip", 1.0, "largest norm of the gradient"),
     ("max-len", 128, "tokens in a row; the longer sentence of a pair is cut first"),
     ("max-train", 0, "only so many training rows a task, always the same; 0: all"),
@@ -357,9 +357,7 @@ def main():
 
 def work(a, recipe, subjects):
     """Compute every score that is not there yet."""
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    device, dtype, why = pick_machine(a.device, a.dtype)
+    device, dtype, why = pick_machine(a.device, a.dtype, a.threads)
     out = sys.stderr if a.json or a.markdown else sys.stdout  # what others read is tables alone
     print(f"machine: {device.type}, {torch.get_num_threads()} threads, {dtype} ({why})", file=out)
 

@@ -250,8 +250,10 @@ def copy_weights(model, teacher):
     model.load_state_dict({name: state[name] for name in model.state_dict()})
 
 
-def pick_machine(device, dtype):
-    """--device and --dtype -> (torch.device, "float32" or "bfloat16", why this one)."""
+def pick_machine(device, dtype, threads):
+    """--device, --dtype, --threads -> (torch.device, "float32" or "bfloat16", why this one)."""
+    if threads:
+        torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
     device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")

@@ -5,6 +5,7 @@
     python train.py --masking entropy --teacher runs/random-0
     python train.py --resume runs/self-0         # go on after any interruption, bit for bit
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
+    torchrun --nproc-per-node=2 train.py         # several GPUs, each with a share of the batch
 
 A run is a folder: config.json, tokenizer.model, log.jsonl, checkpoint.pt, model.pt.
 Every random draw is a function of (seed, step, row or micro-batch): on a CPU, with the same torch,
@@ -22,12 +23,14 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
+from data import ranks
 from data.files import (
-    UserError, add_flags, peak_memory, refuse_command, run_script, save_tensors, sha256_file,
+    UserError, add_flags, catch_signals, peak_memory, refuse_command, run_script, save_tensors,
+    sha256_file,
 )
 from data.runs import (
-    begin_run, check_flags, load_checkpoint, open_log, open_run, read_log, save_checkpoint,
-    spent_flops,
+    begin_run, check_flags, load_checkpoint, open_log, open_run, open_tensorboard, read_log,
+    save_checkpoint, spent_flops,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -101,11 +104,14 @@ FLAGS = {
         ("eval-every", 250, "steps between evaluations on held-out text; 0: start and end only"),
         ("eval-blocks", 1024, "held-out blocks in an evaluation"),
         ("checkpoint-every", 250, "steps between checkpoints"),
+        ("tensorboard", False, "mirror the log into RUN/tensorboard (needs: pip install "
+         "tensorboard)"),
     ],
 }
 DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
 # What may change when resuming; a corpus or teacher that moved is known by its hash.
-HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher"}
+HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher",
+                "tensorboard"}
 
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
@@ -153,7 +159,9 @@ from tqdm import tqdm
 import masking as M
 from data import corpus as corpora
 from data.tokenizer import MASK
-from model import SIZES, Bert, Shape, copy_weights, forward_flops, load, pick_machine, share_types
+from model import (
+    SIZES, Bert, Shape, copy_weights, forward_flops, load, pick_machine, share_types,
+)
 
 
 def lr_at(step, steps, peak, warmup_frac):
@@ -208,16 +216,17 @@ def main():
     a, run = argparse.Namespace(**a), Path(a["out"])
 
     # ---- machine ---------------------------------------------------------------------------------
-    if a.threads:
-        torch.set_num_threads(a.threads)
-    device, dtype, why = pick_machine(a.device, earlier["dtype"] if earlier else a.dtype)
-    print(f"machine: {device.type}, {torch.get_num_threads()} threads, {dtype} ({why})")
+    dtype = earlier["dtype"] if earlier else a.dtype
+    device, dtype, why = pick_machine(a.device, dtype, a.threads)
+    device = ranks.join(device)
+    print(f"machine: {ranks.WORLD} x {device.type}, {torch.get_num_threads()} threads, {dtype} "
+          f"({why})")
 
     def amp():
         return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
     # ---- corpus and teacher ----------------------------------------------------------------------
-    folder = corpora.prepare(a.corpus, a.vocab_size, a.cache)
+    folder = ranks.in_turn(lambda: corpora.prepare(a.corpus, a.vocab_size, a.cache))
     text = corpora.load(folder, a.seq_len, a.corpus_tokens)
     valid = corpora.with_ends(text.valid[:a.eval_blocks]).to(device)  # (N, T)
     tokenizer, V, T = text.tokenizer, text.tokenizer.vocab_size, a.seq_len
@@ -251,7 +260,8 @@ def main():
         copy_weights(model, teacher)
     model.to(device)
     optimizer = make_optimizer(model, a.lr, a.weight_decay)
-    forward = torch.compile(model) if a.compile else model
+    parallel = ranks.wrap(model)
+    forward = torch.compile(parallel) if a.compile else parallel
     scorer = teacher if a.masking == "entropy" else model
     types = M.TypeEntropy(V, device) if a.score_input == "type" else None
 
@@ -271,7 +281,7 @@ def main():
         a.steps = max(1, round(spent_flops(a.flops_of)[0] / mean))
 
     # ---- run folder: a new one, or an interrupted run, which goes on where its checkpoint is -----
-    lock = begin_run(run, earlier, text.tokenizer_path, {
+    lock = None if ranks.RANK else begin_run(run, earlier, text.tokenizer_path, {
         "flags": {name: value for name, value in vars(a).items() if name in DEFAULTS},
         "corpus_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256,
         "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
@@ -279,7 +289,8 @@ def main():
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": sum(map(flops_at, range(a.steps))), "teacher_flops": teacher_flops,
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "threads": torch.get_num_threads(), "dtype": dtype, "command": sys.argv,
+        "threads": torch.get_num_threads(), "dtype": dtype, "processes": ranks.WORLD,
+        "command": sys.argv,
     })
     step, seconds = 0, 0.0  # updates done, and the time spent in them
     recent = []  # (loss, gradient norm) of the updates since the last log line
@@ -292,15 +303,12 @@ def main():
         if types:
             types.mean, types.seen = saved["types"].to(device)
         print(f"{run}: going on after step {step}")
-    log, logged = open_log(run, step)
+    log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(run, step)
+    mirror = open_tensorboard(run, step) if a.tensorboard and not ranks.RANK else lambda entry: None
     begun = step
 
     # ---- loop ------------------------------------------------------------------------------------
-    stop = []  # a signal asks for a stop after the step; a second one is not waited for
-
-    def on_signal(number, frame):
-        stop.append(number)
-        signal.signal(number, signal.SIG_DFL)
+    stop = catch_signals()  # a signal asks for a stop after the step
 
     def not_finite(step):
         bar.close()
@@ -308,15 +316,14 @@ def main():
               "is intact, but a lower --lr is needed", file=sys.stderr)
         sys.exit(1)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
-            signal.signal(number, on_signal)
-    micro = a.micro_batch or a.batch_size
-    assert a.batch_size % micro == 0, "rows would be left out or counted twice"
+    share = a.batch_size // ranks.WORLD  # rows of this process
+    micro = a.micro_batch or share
+    assert share * ranks.WORLD == a.batch_size and share % micro == 0, "rows would be left out"
+    mine = range(ranks.RANK * share, (ranks.RANK + 1) * share, micro)
     kinds = M.token_kinds(tokenizer.pieces, text.counts)
     flops = sum(map(flops_at, range(step)))
     bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
-               mininterval=0.2 if sys.stderr.isatty() else 30)
+               disable=ranks.RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 30)
     began, timed = time.perf_counter(), 0  # since the last log line: time, and steps in it
 
     while True:
@@ -324,12 +331,14 @@ def main():
         now_score = score if choosing else None
 
         # ---- log, evaluate, save: everything that happens once in a while
-        last = bool(stop) or step == a.steps
+        stopping = ranks.any_of(bool(stop))
+        last = stopping or step == a.steps
         due = step in (0, a.steps) or (a.eval_every and step % a.eval_every == 0)
         to_log = due or step % a.log_every == 0
         to_save = last or (step != begun and step % a.checkpoint_every == 0)
         if recent and (to_log or to_save):
-            values = torch.stack(recent)
+            values = ranks.mean(torch.stack(recent))
+            recent = list(values)
             finite = values.isfinite().all(1)
             if not finite.all():
                 not_finite(step - len(recent) + 1 + finite.int().argmin().item())
@@ -362,8 +371,9 @@ def main():
                           f"{text.unigram_entropy:.3f})  accuracy {entry['val_accuracy']:.3f}")
             log.write(json.dumps(entry) + "\n")
             log.flush()
+            mirror(entry)
             recent, began, timed = [], time.perf_counter(), 0
-        if to_save:
+        if to_save and not ranks.RANK:
             os.fsync(log.fileno())  # the log must never be behind the checkpoint
             save_checkpoint(run, {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
@@ -383,7 +393,7 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac)
         total, sightings = 0.0, []
-        for first in range(0, a.batch_size, micro):
+        for first in mine:
             part = slice(first, first + micro)
             x = tokens[part]
             positions = M.choose(x, k, now_score, a.select, a.pool,
@@ -391,26 +401,29 @@ def main():
             inputs = M.replace(x, positions, u[part], V)
             labels = x.gather(1, positions).flatten()
             M.seed_dropout(a.seed, step, first)
+            # Processes average their gradients once: in the backward of the last part.
+            parallel.require_backward_grad_sync = first == mine[-1]
             with amp():
                 logits = forward(inputs, positions).flatten(0, 1)  # (B k, V)
             logits = logits.float()
             log_p = logits.log_softmax(-1)
             loss = F.nll_loss(log_p, labels)
-            total += loss.detach() * (micro / a.batch_size)
+            total += loss.detach() * (micro / share)
             if teaching:
                 with torch.no_grad(), amp():
                     taught = teacher(inputs, positions).flatten(0, 1).float()
                 loss = (1 - a.alpha) * loss + a.alpha * distillation_loss(logits, taught, a.tau)
             if types:
                 shown = inputs.gather(1, positions).flatten() == MASK
-                sightings.append((labels, M.entropy_of(log_p.detach()), shown.float()))
+                H = M.entropy_of(log_p.detach())
+                sightings.append(torch.stack([labels.float(), H, shown.float()]))
             # All rows have k masked tokens: the mean over the batch is the mean of these means.
-            (loss * (micro / a.batch_size)).backward()
+            (loss * (micro / share)).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for sighting in sightings:
-            types.update(*sighting)
+        for labels, H, shown in (x for s in sightings for x in ranks.gather(s)):
+            types.update(labels.long(), H, shown)
         recent.append(torch.stack([total, norm]))
         flops += flops_at(step)
         step, timed = step + 1, timed + 1
@@ -418,20 +431,20 @@ def main():
 
     # ---- end -------------------------------------------------------------------------------------
     bar.close()
-    if stop:
+    if stopping:
         print(f"stopped after step {step}; go on with:  python train.py --resume {run}")
-        sys.exit(128 + stop[0])
-    weights = {n: w.cpu() for n, w in model.state_dict().items()}
-    share_types(weights)
+        sys.exit(128 + (stop or [signal.SIGTERM])[0])
+    if ranks.RANK:
+        return ranks.leave()
+    share_types(weights := {n: w.cpu() for n, w in model.state_dict().items()})
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
     lock.close()
-    loss = read_log(run)[-1]["val_loss"]
-    gain = text.unigram_entropy - loss
-    where = "below the unigram entropy" if gain > 0 else (
-        "above the unigram entropy: still on the plateau, train for more --steps")
-    print(f"{run}: held-out loss {loss:.3f} nats, {abs(gain):.2f} {where}\n"
-          f'see what it masks:  python masking.py {run} "The function returns a new array."')
+    ranks.leave()
+    loss, plateau = read_log(run)[-1]["val_loss"], text.unigram_entropy
+    side = "below" if loss < plateau else "above (still on the plateau: train for more --steps)"
+    print(f"{run}: held-out loss {loss:.3f} nats, {abs(plateau - loss):.2f} {side} the unigram "
+          f'entropy\nsee what it masks:  python masking.py {run} "The function returns an array."')
 
 
 if __name__ == "__main__":
-    run_script(main)
+    run_script(lambda: ranks.guard(main))

@@ -20,7 +20,8 @@ from data.tasks import TASKS
 # what they are (FLOPs, hash), since a path says nothing.
 NOT_WHAT = {
     "out", "seed", "teacher", "corpus", "cache", "flops_of", "device", "dtype", "threads",
-    "compile", "micro_batch", "log_every", "eval_every", "eval_blocks", "checkpoint_every"}
+    "compile", "micro_batch", "log_every", "eval_every", "eval_blocks", "checkpoint_every",
+    "tensorboard"}
 PRIMARY = [name for name, task in TASKS.items() if task.primary]
 AVERAGED = [name for name, task in TASKS.items() if task.averaged]
 

@@ -54,7 +54,9 @@ def run_script(main):
     try:
         return main()
     except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        rank = os.environ.get("RANK", "0")  # torchrun's number of this process
+        who = "error" if rank == "0" else f"error in process {rank}"
+        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -68,6 +70,20 @@ def run_script(main):
     except KeyboardInterrupt:
         print("\ninterrupted: nothing that was finished is lost", file=sys.stderr)
         sys.exit(130)
+
+
+def catch_signals():
+    """-> a list into which the number of a signal is put; a second signal is not waited for."""
+    caught = []
+
+    def on_signal(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, on_signal)
+    return caught
 
 
 def sha256_file(path):

@@ -7,6 +7,7 @@
                   model.pt            the final weights: a folder that has it is finished
 """
 
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ from data.files import (
     UserError, check_range, load_tensors, lock_folder, read_json, save_tensors, sha256_file,
     write_atomic, write_json,
 )
+from data.ranks import WORLD
 
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
 
@@ -74,8 +76,12 @@ def check_flags(a, given):
     need(a["positions"] == "rotary" or not {"rotary_base", "local_start"} & given,
          "--rotary-base and --local-start need --positions rotary")
     need(not a["flops_of"] or "steps" not in given, "give --steps or --flops-of, not both")
-    need(a["batch_size"] % (a["micro_batch"] or a["batch_size"]) == 0,
-         f"--micro-batch {a['micro_batch']} does not divide --batch-size {a['batch_size']}")
+    share, rest = divmod(a["batch_size"], WORLD)
+    need(rest == 0, f"--batch-size {a['batch_size']} cannot be split evenly over {WORLD} processes")
+    need(share % (a["micro_batch"] or share) == 0, f"--micro-batch {a['micro_batch']} does not "
+         f"divide --batch-size {a['batch_size']}" + f" over {WORLD} processes" * (WORLD > 1))
+    need(not a["tensorboard"] or importlib.util.find_spec("tensorboard"),
+         "--tensorboard needs a package that is not here: pip install tensorboard")
     # A block of n tokens holds at most ceil(n / 17) [SEP]s, see data/corpus.py.
     n = a["seq_len"] - 2
     most = int(max(a["mask_rate"], a["mask_rate_end"]) * n + 0.5)
@@ -204,6 +210,25 @@ def open_log(run, step):
     lines = [line for line in read_log(run) if line["step"] <= step] if step else []
     write_atomic(run / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
     return open(run / "log.jsonl", "a"), lines[-1]["step"] if lines else None
+
+
+def open_tensorboard(run, step):
+    """-> a function that mirrors an entry of the log, for those who have tensorboard."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(run / "tensorboard", purge_step=step)  # what a kill left is dropped
+
+    def mirror(entry):
+        masked = entry.get("masked", {})
+        scalars = {k: v for k, v in entry.items() if k != "masked"}
+        for name, value in masked.items():  # a pair is [chosen, all tokens]
+            values = value if isinstance(value, list) else [value]
+            scalars |= {f"masked/{name}{end}": v for v, end in zip(values, ("", "_all"))}
+        for name, value in scalars.items():
+            writer.add_scalar(name, value, entry["step"])
+        writer.flush()
+
+    return mirror
 
 
 SCORE_KEYS = {"task", "seed", "recipe", "data", "model", "score", "parts", "majority", "rows",

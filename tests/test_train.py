@@ -5,6 +5,7 @@ killed is a process of its own.
 """
 
 import gc
+import importlib.util
 import json
 import os
 import re
@@ -418,3 +419,21 @@ def test_help_comes_without_torch():
                          capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
     assert out.returncode == 0 and "--score-input" in out.stdout and "torch" not in out.stderr
     assert time.perf_counter() - began < 3  # on a busy machine; a quiet one takes 0.1 s
+
+
+def test_tensorboard_mirrors_the_log_or_says_what_is_missing(folder, monkeypatch, capsys):
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec",
+                        lambda name: None if name == "tensorboard" else find_spec(name))
+    line = refused(command(folder, "tb", "--tensorboard"), monkeypatch, capsys)
+    assert "pip install tensorboard" in line and not (folder / "tb").exists()
+    monkeypatch.undo()
+    pytest.importorskip("tensorboard")
+    call(command(folder, "tb", "--tensorboard"), monkeypatch)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    events = EventAccumulator(str(folder / "tb" / "tensorboard")).Reload()
+    log = read_log(folder / "tb")
+    losses = [(e.step, e.value) for e in events.Scalars("train_loss")]
+    assert losses == [(x["step"], pytest.approx(x["train_loss"])) for x in log[1:]]
+    assert events.Scalars("masked/entropy_all")[-1].value == pytest.approx(
+        log[-1]["masked"]["entropy"][1])
