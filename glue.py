@@ -101,10 +101,10 @@ def parse_flags():
         raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
                         f"are {','.join(TASKS)}")
     a.tasks = [task for task in TASKS if task in {names[t.lower()] for t in a.tasks}]
-    if a.markdown and a.json:
-        raise UserError("give --markdown or --json, not both")
     if not a.runs:
         raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
+    if a.markdown and a.json:
+        raise UserError("give --markdown or --json, not both")
     a.runs = list(dict.fromkeys(os.path.normpath(run) for run in [*a.runs, *a.baseline]))
     a.baseline = [os.path.normpath(run) for run in a.baseline]
     return a, set(given)
@@ -242,18 +242,24 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
     return [over_rows(predict, rows, device, bar).cpu() for rows in devs]
 
 
-def measure(task, outputs, labels):
-    """Outputs (N, classes or 1) and N labels -> the task's metrics by name, times 100."""
-    labels = torch.tensor(labels)
-    guess = outputs.squeeze(1) if task.labels is None else outputs.argmax(1)
-    return {name: 100 * getattr(metrics, name)(guess, labels) for name in task.metrics}
+def measure(task, outputs, devs):
+    """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100. With two
+    sets, MNLI has one metric: its names are then those of the sets, matched and mismatched."""
+    parts = {}
+    for output, dev, file in zip(outputs, devs, task.dev):
+        guess = output.squeeze(1) if task.labels is None else output.argmax(1)
+        for name in task.metrics:
+            part = name if len(devs) == 1 else file.removeprefix("dev_")
+            parts[part] = 100 * getattr(metrics, name)(guess, torch.tensor(dev.labels))
+    return parts
 
 
-def name_parts(task, values):
-    """One dict of metrics per development set -> one for all: MNLI's are matched and mismatched."""
-    if len(task.dev) == 1:
-        return values[0]
-    return {dev.removeprefix("dev_"): next(iter(v.values())) for dev, v in zip(task.dev, values)}
+def majority(task, labels, devs):
+    """The metrics of always saying the commonest label of the training rows."""
+    constant = torch.zeros(task.outputs)
+    if task.labels:
+        constant[max(sorted(set(labels)), key=labels.count)] = 1
+    return measure(task, [constant.expand(len(dev), -1) for dev in devs], devs)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -261,8 +267,7 @@ def name_parts(task, values):
 
 
 def open_subject(path):
-    """A finished run folder -> a namespace: what scoring it needs, and what data/compare.py needs
-    to place it in a table."""
+    """A finished run folder -> what scoring it needs, and what data/compare.py needs to know."""
     run = Path(path)
     model, tokenizer = load(run)
     config = read_json(run / "config.json")
@@ -280,8 +285,7 @@ def open_subject(path):
             seconds=log[-1].get("seconds", 0.0),
             margin=config["unigram_entropy"] - log[-1]["val_loss"])
     except (KeyError, TypeError, IndexError):
-        raise UserError(f"{run / 'config.json'} or its log.jsonl is damaged, or of another version "
-                        "of train.py")
+        raise UserError(f"{run}: config.json or log.jsonl is damaged, or of another version")
 
 
 def make_floor(run, seed, cache):
@@ -312,9 +316,6 @@ def stream_of(seed, fine_tuning_seed, task):
     are fine-tuned alike, and two seeds are two samples of everything that is random."""
     key = (seed, fine_tuning_seed, list(TASKS).index(task))
     return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 def main():
@@ -384,17 +385,14 @@ def work(a, recipe, subjects):
               f"{''.join(subjects[0].tokenizer.pieces[i] for i in ids)[:150]} -> {label}", file=out)
 
     # ---- what there is to do, and about how much work it is
-    def cost(subject, tokens, updates=0):
-        """FLOPs of a forward over `tokens`, or of training on them in so many updates."""
-        d = subject.shape.width
+    def cost(subject, rows, updates=0):
+        """FLOPs of a forward over these rows, or of training on them in so many updates."""
+        d, tokens = subject.shape.width, sum(len(ids) for ids, _ in rows)
         encoder = 12 * subject.shape.layers * d**2
         if not updates:
             return 2 * encoder * tokens
         # AdamW takes about as long as 30 FLOPs for every parameter.
         return 6 * encoder * tokens + 30 * updates * (encoder + subject.shape.vocab_size * d)
-
-    def count(rows):
-        return sum(len(ids) for ids, _ in rows)
 
     def is_done(subject, task, seed):
         return any(e["task"] == task and e["seed"] == seed and e["recipe"] == recipe
@@ -405,9 +403,9 @@ def work(a, recipe, subjects):
     for name in a.tasks:
         for seed, subject in itertools.product(range(a.seeds), subjects):
             train, *devs = encoded[name, subject.tokenizer.sha256, subject.shape.seq_len]
-            updates = 0 if a.freeze else a.epochs * math.ceil(len(train) / a.batch_size)
-            size = cost(subject, count(train) * (1 if a.freeze else a.epochs), updates)
-            size += sum(cost(subject, count(rows)) for rows in devs)
+            updates = 0 if a.freeze else math.ceil(len(train) / a.batch_size)
+            size = (1 if a.freeze else a.epochs) * cost(subject, train, updates)
+            size += sum(cost(subject, rows) for rows in devs)
             if not is_done(subject, name, seed):
                 items.append((subject, name, seed, train, devs, size))
 
@@ -429,14 +427,13 @@ def work(a, recipe, subjects):
             outputs = fine_tune(
                 build(subject, a.dropout), task.outputs, train, labels, devs, a,
                 stream_of(subject.seed, seed, name), device, amp,
-                lambda rows, updates=0: bar.update(cost(subject, count(rows), updates)))
+                lambda rows, updates=0: bar.update(cost(subject, rows, updates)))
             if outputs is None:
                 bar.close()
                 print(f"error: {subject.path}, {name}, seed {seed}: the loss is not finite, a "
                       "lower --lr is needed; all scores before it are kept", file=sys.stderr)
                 sys.exit(1)
-            parts = [measure(task, o, dev.labels) for o, dev in zip(outputs, data.devs)]
-            parts = name_parts(task, parts)
+            parts = measure(task, outputs, data.devs)
             add_score(subject.folder, {
                 "task": name, "seed": seed, "recipe": recipe, "data": data.sha256,
                 "model": subject.model, "score": sum(parts.values()) / len(parts), "parts": parts,
@@ -447,15 +444,6 @@ def work(a, recipe, subjects):
                 "device": device.type, "dtype": dtype, "threads": torch.get_num_threads()})
     bar.close()
     return {name: data.sha256 for name, data in tasks.items()}
-
-
-def majority(task, labels, devs):
-    """The score of always saying the commonest label of the training rows."""
-    constant = torch.zeros(task.outputs)
-    if task.labels:
-        constant[max(sorted(set(labels)), key=labels.count)] = 1
-    return name_parts(task, [measure(task, constant.expand(len(dev), -1), dev.labels)
-                             for dev in devs])
 
 
 if __name__ == "__main__":

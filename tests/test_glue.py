@@ -220,7 +220,7 @@ def test_a_regression_is_learned_in_the_units_of_its_labels_correlation():
     labels = [float(i % 6) for i in range(30)]
     (out,), _, _ = tune(1, labels, epochs=60)
     assert out.shape == (30, 1)
-    measured = glue.measure(TASKS["STS-B"], out, labels)
+    measured = glue.measure(TASKS["STS-B"], [out], [SimpleNamespace(labels=labels)])
     assert measured["pearson"] > 90 and measured["spearman"] > 90
 
 
