@@ -393,9 +393,12 @@ def test_teachers_that_do_not_fit(folder, teacher, tmp_path, monkeypatch, capsys
     assert not (folder / "x").exists()
 
 
-def test_a_small_corpus_a_typo_and_no_run_to_equal(folder, tmp_path, monkeypatch, capsys):
+def test_a_small_corpus_a_typo_and_no_run_to_equal(
+        folder, teacher, tmp_path, monkeypatch, capsys):
     typo = refused(["train.py", "--mask-ratee", "1"], monkeypatch, capsys)
     assert "--mask-ratee" in typo and "--help" in typo
+    mps = refused(["train.py", "--device", "mps"], monkeypatch, capsys)
+    assert "invalid choice: 'mps'" in mps
     missing = refused(["train.py", "--corpus", tmp_path / "none"], monkeypatch, capsys)
     assert "no such file" in missing
     too_big = command(folder, "x", "--batch-size", "4096")
