@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.files import UserError
-from model import SIZES, Bert, Shape, copy_weights, forward_flops
+from model import SIZES, Bert, Dropout, Shape, copy_weights, forward_flops
 
 V = 300
 
@@ -220,3 +220,40 @@ def test_copy_weights_takes_every_second_block():
 def test_a_width_that_heads_do_not_divide_is_refused():
     with pytest.raises(UserError, match="multiple of 64"):
         make(width=100)
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_dropout_keeps_its_share_and_the_expectation(p):
+    layer, x = Dropout(p).train(), torch.ones(301, 999)  # not a multiple of four numbers
+    torch.manual_seed(0)
+    y = layer(x)
+    torch.manual_seed(0)
+    assert torch.equal(y, layer(x)) and not torch.equal(y, layer(x))  # torch's stream, goes on
+    kept = y != 0
+    assert torch.equal(y[kept], torch.full_like(y[kept], 1 / (1 - p)))
+    error = (p * (1 - p) / x.numel()) ** 0.5
+    assert abs(kept.float().mean() - (1 - p)) < 4 * error + 1 / 65536
+    # No pattern: neighbours in either direction are dropped independently of each other.
+    for a, b in ((y[:, 1:], y[:, :-1]), (y[1:], y[:-1]), (y[:, 4:], y[:, :-4])):
+        both = ((a != 0) & (b != 0)).float().mean()
+        assert abs(both - (1 - p) ** 2) < 6 * error
+    x = torch.randn(7, 5, requires_grad=True)
+    y = layer(x)
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, y.detach() / x.detach(), rtol=1e-5, atol=1e-6)
+    assert layer.eval()(x) is x
+
+
+def test_attention_with_dropout_is_that_without_but_for_what_is_dropped(monkeypatch):
+    """Where dropout is on, the CPU does not use SDPA: the two must be one function."""
+    torch.manual_seed(0)
+    model = Bert(Shape(99, 2, 128, 32, init_std=0.3, dropout=0.2))
+    tokens = torch.randint(5, 99, (3, 32))
+    attend = torch.arange(32) < torch.tensor([[32], [20], [9]])
+    positions = torch.tensor([[1, 5, 8]] * 3)
+    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
+    for where in (None, positions):
+        for mask in (None, attend):
+            with_dropout = model.train()(tokens, where, None, mask)
+            without = model.eval()(tokens, where, None, mask)
+            torch.testing.assert_close(with_dropout, without, rtol=0, atol=2e-5)
