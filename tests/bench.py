@@ -1,0 +1,463 @@
+"""How fast is it, next to what the machine can do and next to others?
+
+    python -m tests.bench              # a few minutes on two cores, no data needed
+    python -m tests.bench --full       # every shape: tiny and mini, vocabularies of 8192 and 30522
+    python -m tests.bench --json       # for a program
+
+Training is measured by running train.py as it is, on a text made of random words, and reading
+tokens/s from its log: nothing is timed that a user does not run. Each variant is a process of its
+own, so each has its own peak memory; they take turns, and the figures are medians over the rounds.
+Ratios are taken within a round: on a machine that is shared they mean more than the figures.
+
+`peak` is the float32 product of 1024 x 1024 matrices, measured in every round. The share of it
+counts the matrix-product FLOPs that a variant really executes (model.forward_flops): one that
+computes logits which nobody reads has a high share and is slow all the same.
+
+Where Hugging Face transformers is installed its BERT of the same shape runs too: SDPA, the same
+dropout, threads, batch, fused AdamW and clipping, 80/10/10 masking as its collator does it.
+`as it is`: logits for every token, labels of -100 where nothing is masked. `gathered`: the rows of
+masked tokens are picked before the head.
+"""
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+from tqdm import tqdm
+
+from data.compare import grid
+from data.files import UserError, check_range, refuse_command, run_script
+
+ROOT = Path(__file__).parent.parent
+BATCH, SEQ_LEN = 16, 128
+TEACHER = "TEACHER"  # stands for the teacher's run folder
+ARMS = {
+    "random": ["--masking", "random"],
+    "entropy": ["--masking", "entropy", "--teacher", TEACHER],
+    "self, masked": ["--masking", "self"],
+    "self, clear": ["--masking", "self", "--score-input", "clear"],
+    "self, type": ["--masking", "self", "--score-input", "type"],
+    "self + distillation": ["--masking", "self", "--teacher", TEACHER, "--distill", "complete"],
+}
+SHAPES = {"tiny": (2, 128), "mini": (4, 256)}
+# Tokens in a row, mean and deviation: those of GLUE's training rows with a vocabulary of 8192.
+LENGTHS = {"CoLA": (12.9, 4.7), "MNLI": (45.4, 21.2)}
+
+
+# --------------------------------------------------------------------------------------------------
+# processes
+
+
+def run_child(function, threads, **arguments):
+    """function(**arguments) of this file in a process of its own -> the dict that it returns."""
+    code = f"from tests import bench; bench.reply(bench.{function}(**{arguments!r}))"
+    return json.loads(spawn([sys.executable, "-c", code], threads).splitlines()[-1])
+
+
+def spawn(argv, threads):
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(map(str, argv))[:200]} failed: {done.stderr[-500:]}")
+    return done.stdout
+
+
+def reply(result):
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    result["memory_mb"] = round(memory / (2**20 if sys.platform == "darwin" else 2**10))
+    print(json.dumps(result))
+
+
+def timed(step, warm, count):
+    """Seconds of a call of step(), the median of `count` after `warm` that are not counted."""
+    seconds = []
+    for i in range(warm + count):
+        began = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds[warm:])
+
+
+# --------------------------------------------------------------------------------------------------
+# what is measured; each of these runs in a process of its own
+
+
+def matrix_peak(n=1024):
+    """FLOP/s of a float32 product of two n x n matrices: the floor of everything else."""
+    import torch
+
+    a, b = torch.randn(n, n), torch.randn(n, n)
+    out = torch.empty(n, n)
+    # The fastest of some: what the machine can do, not what it did while others used it.
+    seconds = min(timed(lambda: torch.mm(a, b, out=out), 1, 3) for _ in range(8))
+    return {"flops_per_s": 2 * n**3 / seconds}
+
+
+def peer_step(layers, width, vocab_size, gathered, steps):
+    """One pretraining step with transformers' BertForMaskedLM on random ids."""
+    import torch
+    import torch.nn.functional as F
+    from transformers import BertConfig, BertForMaskedLM
+
+    torch.manual_seed(0)
+    model = BertForMaskedLM(BertConfig(
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, intermediate_size=4 * width,
+        max_position_embeddings=SEQ_LEN, attn_implementation="sdpa")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-6, fused=True)
+    tokens = torch.randint(5, vocab_size, (BATCH, SEQ_LEN))
+    tokens[:, 0], tokens[:, -1] = 2, 3
+
+    def step():
+        # What DataCollatorForLanguageModeling does: each token by a coin of its own, 80/10/10.
+        probability = torch.full(tokens.shape, 0.15)
+        probability.masked_fill_(tokens < 5, 0.0)
+        masked = torch.bernoulli(probability).bool()
+        labels = tokens.masked_fill(~masked, -100)
+        show = torch.bernoulli(torch.full(tokens.shape, 0.8)).bool() & masked
+        other = torch.bernoulli(torch.full(tokens.shape, 0.5)).bool() & masked & ~show
+        inputs = tokens.masked_fill(show, 4)
+        inputs = torch.where(other, torch.randint(vocab_size, tokens.shape), inputs)
+        if gathered:
+            hidden = model.bert(inputs).last_hidden_state[masked]
+            loss = F.cross_entropy(model.cls(hidden), labels[masked])
+        else:
+            loss = model(inputs, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    seconds = timed(step, 5, steps)
+    predicted = 0.15 * (SEQ_LEN - 2) if gathered else SEQ_LEN
+    return {"tokens_per_s": BATCH * SEQ_LEN / seconds,
+            "flops_per_step": 3 * BATCH * peer_flops(layers, width, vocab_size, predicted)}
+
+
+def peer_flops(layers, width, vocab_size, predicted):
+    """As model.forward_flops, for a last block that computes every token."""
+    d = width
+    blocks = layers * SEQ_LEN * (24 * d**2 + 4 * SEQ_LEN * d)
+    return blocks + predicted * (2 * d**2 + 2 * d * vocab_size)
+
+
+def rows_like(task, count):
+    """-> [(ids, length of the first sentence)] with sentence lengths like the task's."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+    mean, deviation = LENGTHS[task]
+    # Lengths are skewed: a lognormal with this mean and deviation.
+    sigma = np.log(1 + (deviation / mean) ** 2) ** 0.5
+    lengths = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, count))
+    lengths = lengths.round().clip(5, SEQ_LEN).astype(int)
+    return [(rng.integers(5, 8192, n).astype(np.uint16), n) for n in lengths]
+
+
+def tune(task, layers, width, count):
+    """Fine-tuning with glue.py's own loop and recipe: examples/s over one epoch."""
+    import contextlib
+
+    import torch
+
+    import glue
+    from model import Bert, Shape
+
+    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 3e-4})
+    rows = rows_like(task, count)
+    labels = [i % 2 for i in range(count)]
+
+    def epoch(n):
+        torch.manual_seed(0)
+        bert = Bert(Shape(8192, layers, width, SEQ_LEN, dropout=a.dropout))
+        began = time.perf_counter()
+        glue.fine_tune(bert, 2, rows[:n], labels[:n], [], a, 0, torch.device("cpu"),
+                       contextlib.nullcontext, lambda *_: None)
+        return time.perf_counter() - began
+
+    epoch(4 * a.batch_size)
+    return {"examples_per_s": count / epoch(count)}
+
+
+def tune_peer(task, layers, width, count, padded):
+    """The same with transformers' BertForSequenceClassification, padded to 128 tokens, the default
+    of its run_glue.py, or to the longest row of the batch. Data are tensors before the clock runs.
+    """
+    import torch
+    from transformers import BertConfig, BertForSequenceClassification
+
+    import glue
+
+    a = SimpleNamespace(**glue.DEFAULTS)
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(BertConfig(
+        vocab_size=8192, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, intermediate_size=4 * width,
+        max_position_embeddings=SEQ_LEN, hidden_dropout_prob=a.dropout,
+        attention_probs_dropout_prob=a.dropout, attn_implementation="sdpa")).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, eps=1e-6, fused=True)
+    rows, batches = rows_like(task, count), []
+    for first in range(0, count, a.batch_size):
+        part = rows[first:first + a.batch_size]
+        ids = torch.zeros(len(part), SEQ_LEN if padded else max(n for _, n in part)).long()
+        attend = torch.zeros_like(ids)
+        for i, (row, n) in enumerate(part):
+            ids[i, :n] = torch.from_numpy(row.astype("int64"))
+            attend[i, :n] = 1
+        batches.append((ids, attend, torch.arange(len(part)) % 2))
+
+    def update(ids, attend, labels):
+        model(ids, attention_mask=attend, labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    for batch in batches[:4]:
+        update(*batch)
+    began = time.perf_counter()
+    for batch in batches:
+        update(*batch)
+    return {"examples_per_s": count / (time.perf_counter() - began)}
+
+
+def prepare_text(text, tokenizer):
+    """Pass 2 of data/corpus.py, from a text file to token ids on disk: MB/s."""
+    from data import corpus
+    from data.tokenizer import Tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        corpus.encode_documents([Path(text)], "", Tokenizer(tokenizer), 10**9, None, Path(folder))
+        seconds = time.perf_counter() - began
+    return {"mb_per_s": os.path.getsize(text) / 1e6 / seconds}
+
+
+def prepare_peer(text, tokenizer):
+    """sentencepiece's own parallel encoder on the same paragraphs, which it holds in memory."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
+    paragraphs = [line for line in Path(text).read_text().split("\n") if line]
+    began = time.perf_counter()
+    processor.encode(paragraphs, num_threads=os.cpu_count())
+    return {"mb_per_s": os.path.getsize(text) / 1e6 / (time.perf_counter() - began)}
+
+
+# --------------------------------------------------------------------------------------------------
+# the runs
+
+
+def write_text(path, megabytes, types=60_000):
+    """A text of random words with frequencies as in a language (Zipf), documents of some lines."""
+    rng = random.Random(0)
+    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
+    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(types)]
+    weights = list(1 / (rank + 2.7) for rank in range(types))
+    with open(path, "w") as f:
+        while f.tell() < megabytes * 1e6:
+            drawn = rng.choices(words, weights, k=5000)
+            for first in range(0, 5000, 50):
+                f.write(" ".join(drawn[first:first + 50]) + ("\n\n" if first % 500 == 0 else "\n"))
+
+
+def take_turns(variants, rounds):
+    """{name: function() -> dict} -> {name: [what each round gave]}, all of them in every round."""
+    results = {name: [] for name in variants}
+    with tqdm(total=rounds * len(variants), unit=" runs") as bar:
+        for name in list(variants) * rounds:
+            bar.set_description(name)
+            results[name].append(variants[name]())
+            bar.update()
+    return results
+
+
+def median(results, key, against=None):
+    """The median of a figure over the rounds, or of its ratio to another variant's, by round."""
+    values = [result[key] for result in results]
+    if against:
+        values = [value / other for value, other in zip(values, against)]
+    return statistics.median(values)
+
+
+def train_arm(folder, flags, threads, steps):
+    """train.py with these flags -> tokens/s and memory as its log has them, FLOPs of a step."""
+    with tempfile.TemporaryDirectory(dir=folder) as out:
+        spawn([sys.executable, "train.py", *flags, "--steps", str(steps), "--log-every", "5",
+               "--out", f"{out}/run"], threads)
+        log = [json.loads(line) for line in open(f"{out}/run/log.jsonl")]
+        flops = json.load(open(f"{out}/run/config.json"))["flops"] / steps
+    # The first steps map memory and the last line begins before the final evaluation: left out.
+    speeds = [line["tokens_per_s"] for line in log[2:] if "tokens_per_s" in line]
+    return {"tokens_per_s": statistics.median(speeds), "flops_per_step": flops,
+            "memory_mb": log[-1]["peak_memory_mb"]}
+
+
+def bench_training(folder, size, vocab_size, a, peers):
+    """-> rows of the table for all arms at one shape, and for transformers."""
+    layers, width = SHAPES[size]
+    common = ["--corpus", f"{folder}/text.txt", "--cache", f"{folder}/cache", "--size", size,
+              "--vocab-size", str(vocab_size), "--eval-every", "0", "--eval-blocks", "16",
+              "--threads", str(a.threads)]
+    teacher = f"{folder}/teacher-{size}-{vocab_size}"
+    spawn([sys.executable, "train.py", *common, "--masking", "random", "--steps", "1",
+           "--out", teacher], a.threads)
+    variants = {"peak": lambda: run_child("matrix_peak", a.threads)}
+    for name, flags in ARMS.items():
+        flags = [teacher if flag == TEACHER else flag for flag in flags]
+        if name != "random":
+            flags += ["--init-frac", "0"]
+        variants[name] = lambda flags=flags: train_arm(
+            folder, common + flags, a.threads, a.steps)
+    for gathered in (False, True) if peers else ():
+        name = f"transformers, {'gathered' if gathered else 'as it is'}"
+        variants[name] = lambda gathered=gathered: run_child(
+            "peer_step", a.threads, layers=layers, width=width, vocab_size=vocab_size,
+            gathered=gathered, steps=a.steps)
+    results = take_turns(variants, a.rounds)
+    peak = [r["flops_per_s"] for r in results.pop("peak")]
+    first = results["random"]
+    for runs in results.values():
+        for run in runs:
+            run["flops_per_s"] = run["flops_per_step"] * run["tokens_per_s"] / (BATCH * SEQ_LEN)
+    return [{
+        "size": size, "vocab_size": vocab_size, "step": name,
+        "tokens_per_s": round(median(runs, "tokens_per_s")),
+        "time": 1 / median(runs, "tokens_per_s", [r["tokens_per_s"] for r in first]),
+        "flops": runs[0]["flops_per_step"] / first[0]["flops_per_step"],
+        "share_of_peak": median(runs, "flops_per_s", peak),
+        "memory_mb": round(median(runs, "memory_mb")),
+        "peak_gflops": round(statistics.median(peak) / 1e9, 1),
+    } for name, runs in results.items()]
+
+
+def bench_tuning(task, size, a, peers):
+    """-> rows of the table: examples/s on rows as long as the task's."""
+    layers, width = SHAPES[size]
+    shape = dict(task=task, layers=layers, width=width, count=a.examples)
+    variants = {"glue.py": lambda: run_child("tune", a.threads, **shape)}
+    for padded in (True, False) if peers else ():
+        name = "transformers, padded to " + ("128" if padded else "the batch")
+        variants[name] = lambda padded=padded: run_child(
+            "tune_peer", a.threads, padded=padded, **shape)
+    results = take_turns(variants, a.rounds)
+    ours = [r["examples_per_s"] for r in results["glue.py"]]
+    return [{"size": size, "task": task, "loop": name,
+             "examples_per_s": round(median(runs, "examples_per_s")),
+             "times_slower": 1 / median(runs, "examples_per_s", ours),
+             "memory_mb": round(median(runs, "memory_mb"))} for name, runs in results.items()]
+
+
+def bench_preparation(folder, tokenizer, a):
+    """-> rows of the table: MB/s of encoding a text, and of one four times as long."""
+    variants = {}
+    for megabytes in (a.megabytes, 4 * a.megabytes):
+        text = f"{folder}/text-{megabytes}.txt"
+        write_text(text, megabytes)
+        for name, function in (("data/corpus.py", "prepare_text"),
+                               ("sentencepiece", "prepare_peer")):
+            variants[f"{name}, {megabytes} MB"] = lambda function=function, text=text: run_child(
+                function, a.threads, text=text, tokenizer=tokenizer)
+    results = take_turns(variants, a.rounds)
+    rows = []
+    for name, runs in results.items():
+        peer = results["sentencepiece," + name.partition(",")[2]]
+        rows.append({"encoder": name, "mb_per_s": median(runs, "mb_per_s"),
+                     "share": median(runs, "mb_per_s", [r["mb_per_s"] for r in peer]),
+                     "memory_mb": round(median(runs, "memory_mb"))})
+    return rows
+
+
+def bench_help(a):
+    seconds = []
+    for _ in range(2 * a.rounds + 1):
+        began = time.perf_counter()
+        spawn([sys.executable, "train.py", "--help"], a.threads)
+        seconds.append(time.perf_counter() - began)
+    return statistics.median(seconds)
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def show(rows, markdown):
+    """Rows (dicts with the same keys) -> a table as text."""
+    def cell(value):
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    names = {"tokens_per_s": "tokens/s", "time": "time / random", "flops": "FLOPs / random",
+             "share_of_peak": "share of peak", "memory_mb": "memory (MB)", "mb_per_s": "MB/s",
+             "examples_per_s": "examples/s", "times_slower": "time / glue.py",
+             "share": "speed / sentencepiece", "peak_gflops": "peak (GFLOP/s)"}
+    header = [names.get(key, key.replace("_", " ")) for key in rows[0]]
+    return grid([header, *([cell(value) for value in row.values()] for row in rows)], markdown)
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--full", action="store_true", help="every shape, not only mini with 8192")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--markdown", action="store_true", help="print tables for a README")
+    for name, default, text in (
+            ("threads", os.cpu_count(), "CPU threads"),
+            ("rounds", 3, "how often every variant runs"),
+            ("steps", 20, "updates of a training run"),
+            ("examples", 1600, "rows of a fine-tuning epoch"),
+            ("megabytes", 10, "size of the text to prepare, and a quarter of the larger one")):
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="X",
+                            help=f"{text} (default {default})")
+    parser.error = refuse_command
+    a = parser.parse_args()
+    check_range(vars(a), "threads rounds examples megabytes", lambda v: v > 0, "above 0")
+    check_range(vars(a), "steps", lambda v: v >= 15, "at least 15, of which 10 are measured")
+    peers = importlib.util.find_spec("transformers") is not None
+    if not peers:
+        print("transformers is not installed: its rows are left out", file=sys.stderr)
+
+    shapes = [(s, v) for s in SHAPES for v in (8192, 30522)] if a.full else [("mini", 8192)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(f"{folder}/text.txt", 12 if a.full else 4)
+        training = [row for size, vocab_size in shapes
+                    for row in bench_training(folder, size, vocab_size, a, peers)]
+        tuning = [row for size in dict(shapes) for task in LENGTHS
+                  for row in bench_tuning(task, size, a, peers)]
+        tokenizer = next(Path(folder, "cache").glob("*/tokenizer.model"))
+        preparation = bench_preparation(folder, str(tokenizer), a)
+    result = {
+        "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads,
+        "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
+        "transformers": importlib.metadata.version("transformers") if peers else None,
+        "training": training, "fine_tuning": tuning, "preparation": preparation,
+        "help_seconds": round(bench_help(a), 3)}
+    if a.json:
+        print(json.dumps(result, indent=1))
+        return
+    print(", ".join(f"{key} {value}" for key, value in result.items()
+                    if not isinstance(value, list)))
+    for rows in (training, tuning, preparation):
+        print(f"\n{show(rows, a.markdown)}")
+
+
+def cpu_name():
+    """What the processor calls itself."""
+    if Path("/proc/cpuinfo").exists():
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    run_script(main)
