@@ -122,9 +122,8 @@ from tqdm import tqdm
 from data import metrics
 from data.tokenizer import PAD
 from masking import seed_dropout
-from model import Bert, load, pick_machine, read_model, share_types
+from model import Bert, load, lr_at, make_optimizer, pick_machine, read_model, share_types
 from train import DEFAULTS as TRAIN_DEFAULTS
-from train import lr_at, make_optimizer
 
 EVAL_TOKENS = 8192  # in a batch without gradients: large, and within a CPU's caches
 SUBSET_SEED = 2605  # of --max-train: one subset of the rows for every run, arm and seed

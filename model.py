@@ -270,6 +270,23 @@ def copy_weights(model, teacher):
     model.load_state_dict({name: state[name] for name in model.state_dict()})
 
 
+def lr_at(step, steps, peak, warmup_frac, decay_frac=1.0):
+    """Linear warm-up, constant, linear decay; above 0 at the first update and at the last."""
+    warmup = min(round(warmup_frac * steps), steps - 1)
+    decay = max(1, min(round(decay_frac * steps), steps - warmup))
+    return peak * min(1, (step + 1) / max(1, warmup), (steps - step) / decay)
+
+
+def make_optimizer(model, lr, weight_decay):
+    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": weight_decay},
+         {"params": vectors, "weight_decay": 0.0}],
+        lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
+
+
 def pick_machine(device, dtype, threads):
     """--device, --dtype, --threads -> (torch.device, "float32" or "bfloat16", why this one)."""
     if threads:

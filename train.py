@@ -29,8 +29,8 @@ from data.files import (
     sha256_file,
 )
 from data.runs import (
-    begin_run, check_flags, load_checkpoint, open_log, open_run, open_tensorboard, read_log,
-    save_checkpoint, spent_flops,
+    begin_run, check_flags, check_origin, load_checkpoint, open_log, open_run, open_tensorboard,
+    read_log, save_checkpoint, spent_flops,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -40,6 +40,8 @@ FLAGS = {
     "Run": [
         ("out", "", "run folder, never overwritten (default runs/<masking>-<seed>)"),
         ("seed", 0, "decides initial weights, data order, masks and dropout: pair arms by it"),
+        ("begin-from", "", "finished run (of --decay-frac 0) of which this one is a continuation: "
+         "it takes over its weights, optimiser and step; --steps counts from the very first"),
     ],
     "Data": [
         ("corpus", "docs", "docs: the English in your Python, torch and numpy; wikitext2, "
@@ -89,7 +91,9 @@ FLAGS = {
         ("batch-size", 16, "blocks in an update: part of the method"),
         ("micro-batch", 0, "blocks in a forward: only memory; divides the batch; 0: all"),
         ("lr", 3e-3, "peak learning rate"),
-        ("warmup-frac", 0.05, "share of the run over which the rate rises; then it falls to 0"),
+        ("warmup-frac", 0.05, "share of the run over which the rate rises"),
+        ("decay-frac", 1.0, "share of the run, its end, over which the rate falls to 0; 1: from "
+         "the warm-up on; 0: it never falls"),
         ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
         ("clip", 1.0, "largest norm of the gradient"),
     ],
@@ -160,24 +164,9 @@ import masking as M
 from data import corpus as corpora
 from data.tokenizer import MASK
 from model import (
-    SIZES, Bert, Shape, copy_weights, forward_flops, load, pick_machine, share_types,
+    SIZES, Bert, Shape, copy_weights, forward_flops, load, lr_at, make_optimizer, pick_machine,
+    share_types,
 )
-
-
-def lr_at(step, steps, peak, warmup_frac):
-    """Linear warm-up, then linear decay; above 0 at the first update and at the last."""
-    warmup = min(round(warmup_frac * steps), steps - 1)
-    return peak * min((step + 1) / max(1, warmup), (steps - step) / (steps - warmup))
-
-
-def make_optimizer(model, lr, weight_decay):
-    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
-        lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
 
 
 def plan(a, step):
@@ -279,6 +268,11 @@ def main():
         a.steps = 1000  # FLOPs depend on the share of the run that is over: average over it
         mean = sum(map(flops_at, range(a.steps))) / a.steps
         a.steps = max(1, round(spent_flops(a.flops_of)[0] / mean))
+    step, spent, spent_by_teacher = 0, 0, 0  # by the run that this one continues
+    if a.begin_from and not earlier:
+        step, spent, spent_by_teacher = check_origin(vars(a), text.sha256)
+    all_flops = earlier["flops"] if earlier else spent + sum(map(flops_at, range(step, a.steps)))
+    teacher_flops = teacher_flops or spent_by_teacher
 
     # ---- run folder: a new one, or an interrupted run, which goes on where its checkpoint is -----
     lock = None if ranks.RANK else begin_run(run, earlier, text.tokenizer_path, {
@@ -287,7 +281,7 @@ def main():
         "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
         "unigram_entropy": text.unigram_entropy,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": sum(map(flops_at, range(a.steps))), "teacher_flops": teacher_flops,
+        "flops": all_flops, "teacher_flops": teacher_flops,
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "threads": torch.get_num_threads(), "dtype": dtype, "processes": ranks.WORLD,
         "command": sys.argv,
@@ -295,12 +289,14 @@ def main():
     step, seconds = 0, 0.0  # updates done, and the time spent in them
     recent = []  # (loss, gradient norm) of the updates since the last log line
     saved = load_checkpoint(run) if earlier else None
+    if not saved and a.begin_from:
+        saved = load_checkpoint(Path(a.begin_from))
     if saved:
         step, recent = saved["step"], list(saved["recent"].to(device))
         seconds = saved["seconds"]
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
-        if types:
+        if types and len(saved["types"]):
             types.mean, types.seen = saved["types"].to(device)
         print(f"{run}: going on after step {step}")
     log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(run, step)
@@ -321,7 +317,7 @@ def main():
     assert share * ranks.WORLD == a.batch_size and share % micro == 0, "rows would be left out"
     mine = range(ranks.RANK * share, (ranks.RANK + 1) * share, micro)
     kinds = M.token_kinds(tokenizer.pieces, text.counts)
-    flops = sum(map(flops_at, range(step)))
+    flops = all_flops - sum(map(flops_at, range(step, a.steps)))  # so far
     bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
                disable=ranks.RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 30)
     began, timed = time.perf_counter(), 0  # since the last log line: time, and steps in it
@@ -391,7 +387,7 @@ def main():
                  for p in (M.POOL, M.SELECT, M.HALF)}
         u = M.draw(a.seed, step, M.REPLACE, a.batch_size, 2 * k).view(-1, k, 2).to(device)
         for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac)
+            group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac, a.decay_frac)
         total, sightings = 0.0, []
         for first in mine:
             part = slice(first, first + micro)

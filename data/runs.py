@@ -41,6 +41,7 @@ def check_flags(a, given):
             ("seed corpus_tokens layers width pool micro_batch weight_decay threads eval_every "
              "local_start", lambda v: 0 <= v < inf, "0 or more"),
             ("dropout init_frac warmup_frac", lambda v: 0 <= v < 1, "from 0 to below 1"),
+            ("decay_frac", lambda v: 0 <= v <= 1, "from 0 to 1"),
             ("mask_rate mask_rate_end alpha", lambda v: 0 < v <= 1, "above 0 and at most 1"),
             ("seq_len", lambda v: v >= 16, "at least 16"),
             ("width", lambda v: v % 64 == 0, "a multiple of 64, the width of a head"),
@@ -76,6 +77,9 @@ def check_flags(a, given):
     need(a["positions"] == "rotary" or not {"rotary_base", "local_start"} & given,
          "--rotary-base and --local-start need --positions rotary")
     need(not a["flops_of"] or "steps" not in given, "give --steps or --flops-of, not both")
+    need(not (a["begin_from"] and a["flops_of"]), "give --begin-from or --flops-of, not both")
+    if "begin_from" in given and a["begin_from"]:
+        check_origin(a)
     share, rest = divmod(a["batch_size"], WORLD)
     need(rest == 0, f"--batch-size {a['batch_size']} cannot be split evenly over {WORLD} processes")
     need(share % (a["micro_batch"] or share) == 0, f"--micro-batch {a['micro_batch']} does not "
@@ -118,8 +122,8 @@ def open_run(a, given, may_change):
         raise UserError(f"{run} is not finished: continue it with  python train.py --resume {run}")
     config = read_json(config)
     own, names = config.get("flags"), set(a) - {"resume", "eval"}
-    if not (isinstance(own, dict) and set(own) == names and {
-            "corpus_sha256", "tokenizer_sha256", "teacher_sha256", "dtype"} <= set(config)):
+    if not (isinstance(own, dict) and set(own) == names and {"corpus_sha256", "dtype", "flops",
+            "tokenizer_sha256", "teacher_sha256"} <= set(config)):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
     for name in sorted(given - {"resume", "eval", "out"} - may_change):
         if a[name] != own[name]:
@@ -159,6 +163,31 @@ def spent_flops(run):
     if not {"flops", "teacher_flops"} <= set(config):
         raise UserError(f"{run} was made by another version of train.py")
     return config["flops"], config["teacher_flops"]
+
+
+# What a run and its continuation must share: the model, the text, and the order of the blocks.
+SHARED = ("seed corpus_tokens vocab_size seq_len size layers width positions rotary_base "
+          "batch_size").split()
+
+
+def check_origin(a, corpus_sha256=None):
+    """The finished run of --begin-from -> (its steps, its FLOPs, those of its teacher).
+
+    UserError if the run with the flags `a` cannot continue it. Its masking may be another one.
+    """
+    flops, teacher_flops = spent_flops(a["begin_from"])
+    config = read_json(Path(a["begin_from"]) / "config.json")
+    for name in SHARED:
+        if config["flags"].get(name) != a[name]:
+            raise UserError(f"--begin-from {a['begin_from']} has --{name.replace('_', '-')} "
+                            f"{config['flags'].get(name)}, and that cannot change")
+    steps = config["flags"]["steps"]
+    if steps >= a["steps"]:
+        raise UserError(f"--begin-from {a['begin_from']} has {steps} steps: --steps, which counts "
+                        "them too, must be larger")
+    if corpus_sha256 not in (None, config["corpus_sha256"]):
+        raise UserError(f"--corpus {a['corpus']} is not the text of {a['begin_from']}")
+    return steps, flops, teacher_flops
 
 
 def save_checkpoint(run, state):

@@ -27,7 +27,7 @@ import train
 from data import corpus as corpora
 from data.files import UserError, load_tensors, lock_folder, read_json
 from data.runs import check_flags, read_log
-from model import Shape, fill_mask, load
+from model import Shape, fill_mask, load, lr_at
 from tests.test_data import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -158,6 +158,43 @@ def test_resume_before_the_first_checkpoint_starts_over(folder, monkeypatch):
     assert same_weights(folder / "early", run)
 
 
+@pytest.mark.parametrize("flags", [["--masking", "random"], ["--score-input", "type"]])
+def test_a_run_of_constant_rate_is_continued_bit_for_bit(flags, folder, monkeypatch):
+    """Two updates of warm-up, 10 of constant rate; then 12 more, of which the last 6 decay."""
+    name = flags[-1]
+    call(command(folder, f"{name}-at-once", *flags, "--warmup-frac", "0.0833", "--decay-frac",
+                 "0.25", "--init-frac", "0"), monkeypatch)
+    origin, run = folder / f"{name}-origin", folder / f"{name}-continued"
+    call(command(folder, origin.name, *flags, "--warmup-frac", "0.167", "--decay-frac", "0",
+                 "--steps", "12", "--init-frac", "0"), monkeypatch)
+    call(command(folder, run.name, *flags, "--warmup-frac", "0.0833", "--decay-frac", "0.25",
+                 "--init-frac", "0", "--begin-from", origin), monkeypatch)
+    assert same_weights(folder / f"{name}-at-once", run)
+    at_once = [x for x in what_was_logged(folder / f"{name}-at-once") if x["step"] > 12]
+    assert [x for x in what_was_logged(run) if x["step"] > 12] == at_once
+    for file in ("model.pt", "checkpoint.pt", "checkpoint.prev.pt"):
+        (run / file).unlink()  # killed before its first checkpoint: it begins at the origin again
+    call(["train.py", "--resume", run], monkeypatch)
+    assert same_weights(folder / f"{name}-at-once", run)
+
+
+def test_a_continuation_counts_what_was_spent_before(folder, teacher, monkeypatch, capsys):
+    """It may mask otherwise from then on: self-masking after a run of random masks."""
+    call(command(folder, "after", "--seed", "1", "--steps", "36", "--init-frac", "0",
+                 "--begin-from", teacher), monkeypatch)
+    log, before = read_log(folder / "after"), read_log(teacher)[-1]
+    assert (log[0]["step"], log[0]["flops"]) == (24, before["flops"])
+    assert log[0]["val_loss"] == before["val_loss"]
+    each = [b["flops"] - a["flops"] for a, b in zip(log, log[1:])]
+    assert len(set(each)) == 1 and each[0] > before["flops"] / 6  # 4 steps here, 24 there
+    assert log[-1]["flops"] == read_json(folder / "after" / "config.json")["flops"]
+    for flags, word in (([], "--seed"), (["--seed", "1"], "--steps"),
+                        (["--seed", "1", "--steps", "36", "--width", "128"], "--width"),
+                        (["--begin-from", folder / "nowhere"], "not a finished run")):
+        error = refused(command(folder, "x", "--begin-from", teacher, *flags), monkeypatch, capsys)
+        assert word in error and not (folder / "x").exists()
+
+
 # ---- a run
 
 
@@ -253,12 +290,15 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
 
 
 def test_learning_rate():
-    rates = [train.lr_at(s, 100, 1.0, 0.1) for s in range(100)]
+    rates = [lr_at(s, 100, 1.0, 0.1) for s in range(100)]
     assert rates[0] == pytest.approx(0.1) and rates[9] == pytest.approx(1.0)
     assert rates[-1] == pytest.approx(1 / 90) and rates == sorted(rates[:10]) + sorted(
         rates[10:], reverse=True)
-    assert train.lr_at(0, 10, 1.0, 0.0) == 1.0
-    assert all(0 < train.lr_at(s, 5, 1.0, 0.95) <= 1 for s in range(5))
+    assert lr_at(0, 10, 1.0, 0.0) == 1.0
+    assert all(0 < lr_at(s, 5, 1.0, 0.95) <= 1 for s in range(5))
+    assert [lr_at(s, 10, 1.0, 0.2, 0.3) for s in range(10)] == pytest.approx(
+        [1 / 2, 1, 1, 1, 1, 1, 1, 1, 2 / 3, 1 / 3])
+    assert lr_at(9, 10, 1.0, 0.2, 0.0) == 1.0
 
 
 def test_distillation_loss_against_float64():
