@@ -19,9 +19,9 @@ from data.tasks import TASKS
 # Flags that say how or where a run was made, not what it is. Teachers and corpora are compared by
 # what they are (FLOPs, hash), since a path says nothing.
 NOT_WHAT = {
-    "out", "seed", "teacher", "corpus", "cache", "flops_of", "device", "dtype", "threads",
-    "compile", "micro_batch", "log_every", "eval_every", "eval_blocks", "checkpoint_every",
-    "tensorboard"}
+    "out", "seed", "teacher", "begin_from", "corpus", "cache", "flops_of", "device", "dtype",
+    "threads", "compile", "micro_batch", "log_every", "eval_every", "eval_blocks",
+    "checkpoint_every", "tensorboard"}
 PRIMARY = [name for name, task in TASKS.items() if task.primary]
 AVERAGED = [name for name, task in TASKS.items() if task.averaged]
 
@@ -105,7 +105,8 @@ def mean_sd(by_seed):
 def arm_key(run):
     """Equal for runs that differ in nothing but the seed."""
     flags = {k: v for k, v in run.flags.items() if k not in NOT_WHAT}
-    return repr((sorted(flags.items()), run.teacher_flops, comparable(run), bool(run.flops_of)))
+    paths = [bool(run.flags.get(name)) for name in ("flops_of", "begin_from")]
+    return repr((sorted(flags.items()), run.teacher_flops, comparable(run), paths))
 
 
 def group_arms(runs):
@@ -146,6 +147,7 @@ def arm_names(arms):
             varies = any(other.get(flag) != value for other in alike)
             if flag not in NOT_WHAT and varies and value != run.defaults.get(flag):
                 name += f", {flag.replace('_', '-')} {value}"
+        name += ", continued" if run.flags.get("begin_from") else ""
         names.append(name + (", equal FLOPs" if run.flops_of else ""))
     for name, count in Counter(names).items():  # what differs is the teacher
         if count > 1:

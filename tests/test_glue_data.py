@@ -451,6 +451,9 @@ def test_arms_are_named_by_what_differs():
     assert table["baseline"] == "random"  # the plain one, not the one whose rate falls
     table, = C.make_tables(runs, {}, [runs[2].path])
     assert table["baseline"] == "self, select high"
+    origins = [fake_run(s, scores, begin_from=f"runs/trunk-{s}") for s in (2, 3)]
+    table, = C.make_tables([*runs, *origins], {})  # a path says nothing but that there is one
+    assert (table["rows"][-1]["name"], table["rows"][-1]["n"]) == ("random, continued", 2)
     with pytest.raises(UserError, match="the same arm and seed"):
         C.make_tables([*runs, fake_run(0, scores, "self", out="again")], {})
 
