@@ -295,7 +295,7 @@ def make_table(runs, floors, recipe, baseline):
     return {
         "title": f"{run.shape.layers} layers of width {run.shape.width}, {run.shape.vocab_size} "
                  f"pieces, {run.tokens / 1e6:.1f} million tokens of corpus {run.corpus[:8]}",
-        "recipe": seen[0]["recipe"], "tasks": tasks,
+        "tokens": run.tokens, "recipe": seen[0]["recipe"], "tasks": tasks,
         "fine_tuning_seeds": {task: sorted(seeds[task]) for task in tasks},
         "baseline": names[reference] if reference is not None else None,
         "floors": [majority, floor] if scored else [majority], "rows": rows, "notes": notes,

@@ -5,12 +5,14 @@ import io
 import math
 import zipfile
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 from data import compare as C
+from data import curve
 from data import metrics as m
 from data import tasks as G
 from data.files import UserError
@@ -474,3 +476,27 @@ def test_scores_that_are_missing_or_of_other_rows():
     assert "RTE" not in table["rows"][1]["tasks"]
     assert "RTE: scores on other rows are left out" in table["notes"]
     assert "RTE 1000 of 2490 (training), 277 of 277 (development)" in table["notes"]
+
+
+# ---- data/curve.py
+
+
+def test_the_curve_has_a_point_per_arm_and_token_count(tmp_path):
+    scores = {task: 60.0 for task in G.TASKS}
+    runs = [fake_run(0, {**scores, "RTE": 60.0 + tokens}, name, tokens=int(tokens * 1e6))
+            for name in ("random", "self") for tokens in (5, 10, 20)]
+    tables = C.make_tables(runs, floor_of(50.0))
+    assert sorted(t["tokens"] for t in tables) == [5_000_000, 10_000_000, 20_000_000]
+    arms, floors = curve.read_points(tables, "RTE")
+    assert arms["random"] == arms["self"] == [(5e6, 65.0), (10e6, 70.0), (20e6, 80.0)]
+    assert floors == {"majority class": 40.0, "random weights": 50.0}
+    picture = ElementTree.fromstring(curve.draw(arms, floors, "<RTE>"))
+    points = [e for e in picture.iter() if e.tag.endswith("circle")]
+    x, y = ([float(e.get(c)) for e in points[:3]] for c in ("cx", "cy"))
+    assert len(points) == 6 and x == sorted(x) and y == sorted(y, reverse=True)
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # a logarithmic axis
+    assert y[1] - y[2] == pytest.approx(2 * (y[0] - y[1]), abs=0.3)  # a linear one
+    for wanted in ("primary", "STS-B"):
+        assert curve.read_points(tables, wanted)[0]["self"][0][0] == 5e6
+    assert curve.read_points(tables, "nothing") == ({}, {})
+    assert curve.ticks(0.12, 0.71) == pytest.approx([i / 10 for i in range(1, 9)])

@@ -1,0 +1,118 @@
+"""Score against pretraining tokens, as a picture (SVG) of what `glue.py --json` prints.
+
+    python glue.py runs/random-* --table --json > scores.json
+    python -m data.curve scores.json curve.svg                 # the primary endpoint
+    python -m data.curve scores.json curve.svg --score STS-B   # or a task
+
+A point per arm and token count, means over seeds; the floors are lines: random weights, fine-tuned
+alike, and the majority class. Tokens are on a logarithmic axis.
+"""
+
+import argparse
+import json
+import math
+from html import escape
+from pathlib import Path
+
+from data.files import UserError, refuse_command, run_script, write_atomic
+
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 60, 190, 40, 50
+COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e"]
+
+
+def read_points(tables, score):
+    """Tables of glue.py -> ({arm: [(tokens, mean)]}, {floor: mean over the tables})."""
+    arms, floors = {}, {}
+    for table in tables:
+        for rows, into in ((table["rows"], arms), (table["floors"], floors)):
+            for row in rows:
+                value = row["ends"].get(score) or row["tasks"].get(score)
+                if value:
+                    into.setdefault(row["name"], []).append((table["tokens"], value["mean"]))
+    return ({name: sorted(points) for name, points in arms.items()},
+            {name: sum(y for _, y in points) / len(points) for name, points in floors.items()})
+
+
+def ticks(low, high, count=6):
+    """Round numbers from below `low` to above `high`, about `count` of them."""
+    raw = max(high - low, 1e-3) / count
+    size = 10 ** math.floor(math.log10(raw))
+    step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
+    first, last = math.floor(low / step), math.ceil(high / step)
+    return [i * step for i in range(first, last + 1)]
+
+
+def draw(arms, floors, label):
+    """-> the picture, as the text of an SVG file."""
+    tokens = sorted({x for points in arms.values() for x, _ in points})
+    values = [y for points in arms.values() for _, y in points]
+    values += [y for name, y in floors.items() if name != "majority class"]
+    ys = ticks(min(values), max(values))
+    # A little room on both sides; one token count alone stands in the middle.
+    first, last = math.log(tokens[0] / 1.2), math.log(tokens[-1] * 1.2)
+
+    def at(x, y):
+        return (LEFT + (math.log(x) - first) / (last - first) * (WIDTH - LEFT - RIGHT),
+                HEIGHT - BOTTOM - (y - ys[0]) / (ys[-1] - ys[0]) * (HEIGHT - TOP - BOTTOM))
+
+    def text(x, y, words, anchor="start", colour="#333"):
+        return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
+                f'{escape(words)}</text>')
+
+    out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
+           f'font-family="sans-serif" font-size="13">',
+           f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
+           text(LEFT, 24, label),
+           text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 10, "pretraining tokens (millions)", "middle")]
+    for y in ys:
+        height = at(tokens[0], y)[1]
+        out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}" '
+                   'stroke="#ddd"/>')
+        out.append(text(LEFT - 8, height + 4, f"{y:g}", "end"))
+    for x in tokens:
+        out.append(text(at(x, ys[0])[0], HEIGHT - BOTTOM + 18, f"{x / 1e6:.0f}", "middle"))
+    for name, y in floors.items():
+        if ys[0] <= y <= ys[-1]:
+            height = at(tokens[0], y)[1]
+            out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" '
+                       f'y2="{height:.1f}" stroke="#888" stroke-dasharray="6 4"/>')
+            out.append(text(WIDTH - RIGHT + 8, height + 4, f"{name} {y:.1f}", colour="#666"))
+    taken = []  # labels that would lie on one another move apart
+    for i, (name, points) in enumerate(arms.items()):
+        colour = COLOURS[i % len(COLOURS)]
+        places = [at(x, y) for x, y in points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
+        out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
+        height = places[-1][1] + 4
+        while any(abs(height - other) < 15 for other in taken):
+            height -= 15
+        taken.append(height)
+        out.append(text(WIDTH - RIGHT + 8, height, f"{name} {points[-1][1]:.1f}", colour=colour))
+    return "\n".join([*out, "</svg>\n"])
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("scores", help="what glue.py printed with --json")
+    parser.add_argument("picture", help="the SVG file to write")
+    parser.add_argument("--score", default="primary", help="primary, glue, mean or a task "
+                        "(default primary)")
+    parser.error = refuse_command
+    a = parser.parse_args()
+    try:
+        arms, floors = read_points(json.loads(Path(a.scores).read_text()), a.score)
+    except OSError as error:
+        raise UserError(f"cannot read {a.scores}: {error.strerror}")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise UserError(f"{a.scores} is not what glue.py prints with --json")
+    if not arms:
+        raise UserError(f"{a.scores} has no score named {a.score}")
+    label = {"primary": "primary endpoint: mean accuracy of MNLI-m, QNLI, SST-2, QQP",
+             "glue": "GLUE, mean of 8 tasks"}.get(a.score, a.score)
+    write_atomic(a.picture, draw(arms, floors, label).encode())
+
+
+if __name__ == "__main__":
+    run_script(main)
