@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, write_atomic, write_json
+from data.files import UserError, write_atomic
 from data.tokenizer import N_SPECIAL
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -30,14 +30,18 @@ def export(model, tokenizer, folder):
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot create {folder}: {error.strerror}")
+
+    def write(name, value):
+        write_atomic(folder / name, json.dumps(value).encode())
+
     write_atomic(folder / "model.safetensors", safetensors(rename_weights(model)))
-    write_json(folder / "config.json", make_config(model.shape))
-    write_json(folder / "tokenizer_config.json", {
+    write("config.json", make_config(model.shape))
+    write("tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.shape.seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}})
-    write_atomic(folder / "tokenizer.json", json.dumps(tokenizer_json(tokenizer)).encode())
+    write("tokenizer.json", tokenizer_json(tokenizer))
     return make_config(model.shape)["architectures"][0]
 
 

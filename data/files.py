@@ -114,20 +114,32 @@ def write_atomic(path, data):
         raise UserError(f"cannot write {path}: {error.strerror}; what was there is unchanged")
 
 
+def checksum(value):
+    """The sha256 of a JSON value, whatever the order of its keys, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path, value):
+    """Write a dict whose keys are strings, with a checksum of its own beside them, atomically."""
+    value = {**value, "checksum": checksum(value)}
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path):
-    """The JSON object in `path`. UserError if it is missing, unreadable or not an object."""
+    """What write_json wrote, without the checksum. UserError if it is missing or damaged."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
+        recorded = value.pop("checksum", None) if isinstance(value, dict) else None
+        actual = checksum(value)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is damaged: {error}")
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: a JSON object was expected")
+    if recorded != actual:
+        raise UserError(f"{path} is damaged, was changed by hand, or is of another version: "
+                        "its checksum is not that of its content")
     return value
 
 

@@ -3,6 +3,7 @@
 import bz2
 import gzip
 import hashlib
+import json
 import lzma
 import random
 
@@ -187,8 +188,8 @@ def test_a_damaged_cache_is_refused(tmp_path):
             with pytest.raises(UserError, match=f"{name} is damaged: delete"):
                 corpora.load(folder, 32)
         (folder / name).write_bytes(good)
-    for content in ("{", "{}", '{"sha256": {}}'):
-        (folder / "meta.json").write_text(content)
+    for content in ({}, {"sha256": {}}):
+        files.write_json(folder / "meta.json", content)
         with pytest.raises(UserError, match="is damaged"):
             corpora.load(folder, 32)
 
@@ -253,6 +254,21 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="No space left"):
         files.write_json(path, {"a": 2})
     assert files.read_json(path) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
+
+
+def test_json_files_carry_a_checksum(tmp_path):
+    """A flipped bit that leaves JSON whole is seen; other spaces and key orders are no damage."""
+    path = tmp_path / "x.json"
+    files.write_json(path, {"b": [1.5, float("inf"), "é"], "a": {"steps": 100}})
+    whole = path.read_text()
+    assert files.read_json(path) == {"a": {"steps": 100}, "b": [1.5, float("inf"), "é"]}
+    path.write_text(json.dumps(json.loads(whole), sort_keys=True))
+    assert files.read_json(path)["a"] == {"steps": 100}
+    for bad in (whole.replace("100", "108"), whole.replace('"checksum"', '"checksun"'),
+                whole.replace('"a"', '"c"'), "{", "[]", "{}", "[" * 100_000, '{"a": "\udc80'):
+        path.write_bytes(bad.encode("utf-8", "surrogateescape"))
+        with pytest.raises(UserError, match="is damaged"):
+            files.read_json(path)
 
 
 def test_a_lock_is_held_once_and_dies_with_its_owner(tmp_path):

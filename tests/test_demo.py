@@ -1,6 +1,5 @@
 """python masking.py RUN "..." on a run made by hand.   python -m pytest tests/test_demo.py -q"""
 
-import json
 import re
 import runpy
 import sys
@@ -12,7 +11,7 @@ import torch
 
 import masking as M
 from data import corpus as corpora
-from data.files import save_tensors, write_json
+from data.files import read_json, save_tensors, write_json
 from data.tokenizer import CLS, MASK, SEP
 from model import Bert, Shape, load
 from tests.test_data import write_corpus
@@ -80,7 +79,7 @@ def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, c
 def test_a_run_with_type_scores_has_a_column_for_them(run, monkeypatch, capsys, tmp_path):
     for path in run.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-    config = json.loads((run / "config.json").read_text())
+    config = read_json(run / "config.json")
     config["flags"]["score_input"] = "type"
     write_json(tmp_path / "config.json", config)
     model, tokenizer = load(run)

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import glue
-from data.files import lock_folder, read_json
+from data.files import lock_folder, read_json, write_json
 from data.tasks import TASKS
 from model import Bert, Shape
 from tests.test_glue_data import LABELS, write_task
@@ -362,10 +362,11 @@ def test_an_unfinished_run_is_refused_but_does_not_hide_a_table(folder, monkeypa
 
 def test_a_damaged_glue_json_or_a_run_in_use_is_refused(folder, monkeypatch, capsys):
     path = folder / "self" / "glue.json"
-    for text in ("{", "[]", '{"scores": 3}', '{"scores": [{"task": "RTE"}]}'):
-        path.write_text(text)
+    for content in ("{", "[]", {"scores": 3}, {"scores": [{"task": "RTE"}]}):
+        path.write_text(content) if isinstance(content, str) else write_json(path, content)
+        before = path.read_bytes()
         line = refused(command(folder, "--tasks", "RTE"), monkeypatch, capsys)
-        assert "is damaged" in line and path.read_text() == text
+        assert "is damaged" in line and path.read_bytes() == before
     path.unlink()
     gc.collect()
     lock = lock_folder(folder / "self")

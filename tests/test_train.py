@@ -6,7 +6,6 @@ killed is a process of its own.
 
 import gc
 import importlib.util
-import json
 import os
 import re
 import runpy
@@ -25,7 +24,7 @@ import torch.nn.functional as F
 import masking as M
 import train
 from data import corpus as corpora
-from data.files import UserError, load_tensors, lock_folder, read_json
+from data.files import UserError, load_tensors, lock_folder, read_json, write_json
 from data.runs import check_flags, read_log
 from model import Shape, fill_mask, load, lr_at
 from tests.test_data import write_corpus
@@ -450,10 +449,13 @@ def test_a_small_corpus_a_typo_and_no_run_to_equal(
 
 
 def test_config_of_another_version_is_refused(folder, tmp_path, monkeypatch, capsys):
-    for content in ("{", "[]", '{"flags": 3}', json.dumps({"flags": {"lr": 1}})):
+    resume = ["train.py", "--resume", tmp_path]
+    for content in ("{", "[]", '{"flags": {"lr": 1}}'):
         (tmp_path / "config.json").write_text(content)
-        resume = ["train.py", "--resume", tmp_path]
         assert "config.json is damaged" in refused(resume, monkeypatch, capsys)
+    for content in ({"flags": 3}, {"flags": {"lr": 1}}):
+        write_json(tmp_path / "config.json", content)
+        assert "or of another version of train.py" in refused(resume, monkeypatch, capsys)
 
 
 def test_help_comes_without_torch():
