@@ -242,8 +242,8 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
 
 
 def measure(task, outputs, devs):
-    """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100. With two
-    sets, MNLI has one metric: its names are then those of the sets, matched and mismatched."""
+    """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100; where
+    there are two sets (MNLI, with one metric) by their names, matched and mismatched."""
     parts = {}
     for output, dev, file in zip(outputs, devs, task.dev):
         guess = output.squeeze(1) if task.labels is None else output.argmax(1)
@@ -281,9 +281,9 @@ def open_subject(path):
             flops_of=flags["flops_of"], flops=flops,
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
             teacher_flops=teacher_flops, flops_with_teacher=flops + teacher_flops,
-            seconds=log[-1].get("seconds", 0.0),
-            margin=config["unigram_entropy"] - log[-1]["val_loss"])
-    except (KeyError, TypeError, IndexError):
+            seconds=float(log[-1].get("seconds", 0)),
+            margin=config["unigram_entropy"] - float(log[-1]["val_loss"]))
+    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
         raise UserError(f"{run}: config.json or log.jsonl is damaged, or of another version")
 
 

@@ -299,7 +299,8 @@ def main():
         if types and len(saved["types"]):
             types.mean, types.seen = saved["types"].to(device)
         print(f"{run}: going on after step {step}")
-    log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(run, step)
+    log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(
+        run, step, saved and saved["logged"])
     mirror = open_tensorboard(run, step) if a.tensorboard and not ranks.RANK else lambda entry: None
     begun = step
 
@@ -368,15 +369,14 @@ def main():
             log.write(json.dumps(entry) + "\n")
             log.flush()
             mirror(entry)
-            recent, began, timed = [], time.perf_counter(), 0
+            recent, logged, began, timed = [], step, time.perf_counter(), 0
         if to_save and not ranks.RANK:
             os.fsync(log.fileno())  # the log must never be behind the checkpoint
             save_checkpoint(run, {
                 "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
                 "recent": torch.stack(recent) if recent else torch.zeros(0, 2),
                 "types": torch.stack([types.mean, types.seen]) if types else torch.zeros(0),
-                "seconds": seconds,
-            })
+                "seconds": seconds, "logged": logged})
         if last:
             break
 

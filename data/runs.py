@@ -219,24 +219,46 @@ def load_checkpoint(run):
     return state
 
 
-def read_log(run):
-    """The lines of a run's log.jsonl as dicts; a last line that a kill cut in half is dropped."""
-    path = Path(run) / "log.jsonl"
-    lines = []
-    for line in path.read_bytes().splitlines() if path.exists() else []:
+def parse_log(run):
+    """-> (the whole lines of a run's log.jsonl as dicts, the number of a damaged line or 0). What
+    follows the last line break is half a line, which a kill left: it is dropped."""
+    path, lines = Path(run) / "log.jsonl", []
+    try:
+        *whole, _ = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return [], 0
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}")
+    for number, line in enumerate(whole, 1):
         try:
             entry = json.loads(line)
-        except ValueError:
-            break
+        except (ValueError, RecursionError):
+            return lines, number
         if not isinstance(entry, dict) or not isinstance(entry.get("step"), int):
-            break
+            return lines, number
         lines.append(entry)
+    return lines, 0
+
+
+def read_log(run):
+    """The lines of a run's log.jsonl as dicts. UserError where one of them is damaged."""
+    lines, damaged = parse_log(run)
+    if damaged:
+        raise UserError(f"{Path(run) / 'log.jsonl'} is damaged in line {damaged}")
     return lines
 
 
-def open_log(run, step):
-    """Cut the log after `step` -> (the log, opened to append, and the step of its last line)."""
-    lines = [line for line in read_log(run) if line["step"] <= step] if step else []
+def open_log(run, step, logged):
+    """Cut the log after `step` -> (the log, opened to append, and the step of its last line).
+
+    logged: the step of the last line that was there when the checkpoint of `step` was written.
+    What came later may be damaged, as after a power cut; so far the log must reach.
+    """
+    path = run / "log.jsonl"
+    lines = [line for line in parse_log(run)[0] if line["step"] <= step] if step else []
+    if step and path.exists() and (lines[-1]["step"] if lines else None) != logged:
+        raise UserError(f"{path} is damaged: lines up to step {logged} were there; move it away to "
+                        "go on without them")
     write_atomic(run / "log.jsonl", "".join(json.dumps(x) + "\n" for x in lines).encode())
     return open(run / "log.jsonl", "a"), lines[-1]["step"] if lines else None
 
