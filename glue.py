@@ -26,10 +26,9 @@ from types import SimpleNamespace
 
 from data.compare import group_arms, make_tables, show_tables
 from data.files import (
-    UserError, add_flags, check_range, lock_folder, read_json, refuse_command, run_script,
-    sha256_file,
+    UserError, add_flags, check_range, lock_folder, refuse_command, run_script, sha256_file,
 )
-from data.runs import add_score, read_log, read_scores, spent_flops
+from data.runs import add_score, read_config, read_log, read_scores, spent_flops
 from data.tasks import TASKS, batches, encode_rows, read_task
 
 # --------------------------------------------------------------------------------------------------
@@ -269,7 +268,7 @@ def open_subject(path):
     """A finished run folder -> what scoring it needs, and what data/compare.py needs to know."""
     run = Path(path)
     model, tokenizer = load(run)
-    config = read_json(run / "config.json")
+    config = read_config(run, TRAIN_DEFAULTS)
     log = [line for line in read_log(run) if "val_loss" in line]
     try:
         flags = config["flags"]
@@ -277,7 +276,7 @@ def open_subject(path):
         return SimpleNamespace(
             path=path, is_floor=False, folder=run, seed=flags["seed"], entries=[],
             flags=flags, defaults=TRAIN_DEFAULTS, shape=model.shape, tokenizer=tokenizer,
-            model=sha256_file(run / "model.pt"), corpus=config["corpus_sha256"],
+            model=sha256_file(run / "model.pt"), corpus=str(config["corpus_sha256"]),
             flops_of=flags["flops_of"], flops=flops,
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
             teacher_flops=teacher_flops, flops_with_teacher=flops + teacher_flops,

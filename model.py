@@ -36,6 +36,7 @@ from data.tokenizer import CLS, MASK, SEP, Tokenizer
 SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512),
          "base": (12, 768)}
 HEAD_WIDTH = 64
+MAX_SEQ_LEN = 1 << 16  # in a file; no weight shows that of rotary positions
 
 
 @dataclass(frozen=True)
@@ -238,10 +239,17 @@ def read_model(path):
     """A model.pt (what train.py writes at the end) -> a Bert in eval mode on the CPU."""
     saved = load_tensors(path)
     try:
-        model = Bert(Shape(**saved["shape"]))
-        model.load_state_dict(saved["model"])
-    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path} holds no model of this project: {str(error).splitlines()[0]}")
+        shape, weights = Shape(**saved["shape"]), saved["model"]
+        # A stranger's file must not have us build a giant: the shape is checked first.
+        table = weights["token_embedding.weight"]
+        if ((shape.vocab_size, shape.width) != table.shape or shape.layers > len(weights)
+                or not 0 < shape.seq_len <= MAX_SEQ_LEN):
+            raise ValueError("the shape is not that of the weights")
+        model = Bert(shape)
+        model.load_state_dict(weights)
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError
+            ) as error:
+        raise UserError(f"{path} holds no model of this project: {str(error)[:200]}")
     return model.eval()
 
 

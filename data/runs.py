@@ -120,10 +120,10 @@ def open_run(a, given, may_change):
                         "resume; start a longer run with another --out")
     if "eval" in given and not finished:
         raise UserError(f"{run} is not finished: continue it with  python train.py --resume {run}")
-    config = read_json(config)
-    own, names = config.get("flags"), set(a) - {"resume", "eval"}
-    if not (isinstance(own, dict) and set(own) == names and {"corpus_sha256", "dtype", "flops",
-            "tokenizer_sha256", "teacher_sha256"} <= set(config)):
+    config = read_config(run, a)
+    own, names = config["flags"], set(a) - {"resume", "eval"}
+    if set(own) != names or not {"corpus_sha256", "tokenizer_sha256", "teacher_sha256", "dtype",
+                                 "flops"} <= set(config):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
     for name in sorted(given - {"resume", "eval", "out"} - may_change):
         if a[name] != own[name]:
@@ -133,6 +133,17 @@ def open_run(a, given, may_change):
     if "resume" in given:
         check_flags({**own, "flops_of": ""}, set())  # its FLOPs are in --steps by now
     return {**own, "eval": "eval" in given}, config
+
+
+def read_config(run, defaults):
+    """A run's config.json; its flags have the types of the `defaults` of the same name, where there
+    are any. UserError if it is damaged."""
+    path = Path(run) / "config.json"
+    flags = (config := read_json(path)).get("flags")
+    if not isinstance(flags, dict) or "masking" not in flags or not all(
+            type(value) is type(defaults.get(name, value)) for name, value in flags.items()):
+        raise UserError(f"{path} is damaged, or of another version of train.py")
+    return config
 
 
 def begin_run(run, earlier, tokenizer_path, config):
@@ -160,7 +171,7 @@ def spent_flops(run):
     if not (Path(run) / "model.pt").exists():
         raise UserError(f"{run} is not a finished run")
     config = read_json(Path(run) / "config.json")
-    if not {"flops", "teacher_flops"} <= set(config):
+    if not all(isinstance(config.get(name), int) for name in ("flops", "teacher_flops")):
         raise UserError(f"{run} was made by another version of train.py")
     return config["flops"], config["teacher_flops"]
 
@@ -282,19 +293,33 @@ def open_tensorboard(run, step):
     return mirror
 
 
-SCORE_KEYS = {"task", "seed", "recipe", "data", "model", "score", "parts", "majority", "rows",
-              "official", "trained_on"}
+SCORE = {"task": str, "seed": int, "recipe": dict, "data": str, "model": str, "score": float,
+         "parts": dict, "majority": dict, "rows": list, "official": list, "trained_on": int}
+
+
+def is_score(entry):
+    """Is this what glue.py adds to a glue.json?"""
+    from data.tasks import TASKS
+
+    if not isinstance(entry, dict) or not all(
+            isinstance(entry.get(name), kind) for name, kind in SCORE.items()):
+        return False
+    task = TASKS.get(entry["task"])
+    return task is not None and all(
+        len(rows) == 1 + len(task.dev) and all(isinstance(n, int) for n in rows)
+        for rows in (entry["rows"], entry["official"])) and all(
+        set(parts) == set(task.parts) and all(isinstance(v, float) for v in parts.values())
+        for parts in (entry["parts"], entry["majority"]))
 
 
 def read_scores(folder, model):
     """The scores in a folder's glue.json that belong to the weights with this sha256: a list of
-    dicts with SCORE_KEYS, as glue.py makes them. UserError if the file is damaged."""
+    dicts as glue.py makes them, with SCORE. UserError if the file is damaged."""
     path = Path(folder) / "glue.json"
     if not path.exists():
         return []
     entries = read_json(path).get("scores")
-    if not isinstance(entries, list) or not all(
-            isinstance(entry, dict) and SCORE_KEYS <= set(entry) for entry in entries):
+    if not isinstance(entries, list) or not all(map(is_score, entries)):
         raise UserError(f"{path} is damaged: move it away, and the scores are computed again")
     return [entry for entry in entries if entry["model"] == model]
 

@@ -50,6 +50,12 @@ class Task:
         """Classes, or 1 for a number."""
         return len(set(self.labels.values())) if self.labels else 1
 
+    @property
+    def parts(self):
+        """Names of the values that its score is the mean of: its metrics, or its development sets
+        where there are two (MNLI, which has one metric)."""
+        return self.metrics if len(self.dev) == 1 else [d.removeprefix("dev_") for d in self.dev]
+
 
 TASKS = {  # in the order of GLUE's own table
     "CoLA": Task((3, 1), BINARY, (8551, 1043), ("matthews",)),
