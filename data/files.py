@@ -49,6 +49,13 @@ def check_range(flags, names, allowed, rule):
             raise UserError(f"--{name.replace('_', '-')} {flags[name]}: must be {rule}")
 
 
+def say(line):
+    """A line on stderr, below the progress bars of what it ends; else it would be glued to one."""
+    for bar in list(getattr(tqdm, "_instances", ())):
+        bar.close()
+    print(line, file=sys.stderr)
+
+
 def run_script(main):
     """Return main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
     try:
@@ -56,7 +63,7 @@ def run_script(main):
     except UserError as error:
         rank = os.environ.get("RANK", "0")  # torchrun's number of this process
         who = "error" if rank == "0" else f"error in process {rank}"
-        print(f"{who}: {' '.join(str(error).split())}", file=sys.stderr)
+        say(f"{who}: {' '.join(str(error).split())}")
         sys.exit(2)
     except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -64,11 +71,11 @@ def run_script(main):
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
-        print(f"error: cannot write: {error.strerror}; what is on disk is whole: make room, then "
-              "give the command again (train.py: with --resume)", file=sys.stderr)
+        say(f"error: cannot write: {error.strerror}; what is on disk is whole: make room, then "
+            "give the command again (train.py: with --resume)")
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted: nothing that was finished is lost", file=sys.stderr)
+        say("\ninterrupted: nothing that was finished is lost")
         sys.exit(130)
 
 
