@@ -11,6 +11,7 @@ import io
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 
 import numpy as np
@@ -26,8 +27,8 @@ SHA = hashlib.sha256(DATA).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/cut (half, then closed), /short, /long, /wrong, /403, /404, /moved, /stall, /norange, and
-    anything else is DATA; or, where there are server.files {name: bytes}, only these."""
+    """/cut (half, then closed), /short, /long, /wrong, /403, /404, /moved, /stall, /slow, /norange,
+    and anything else is DATA; or, where there are server.files {name: bytes}, only these."""
 
     seen = []
 
@@ -55,7 +56,13 @@ class Server(http.server.BaseHTTPRequestHandler):
         body = body[first:]
         if what in ("cut", "stall"):
             body = body[:len(body) // 2]
-        self.wfile.write(body)
+        size = max(1, len(body) // (40 if what == "slow" else 1))
+        for i in range(0, len(body), size):
+            try:
+                self.wfile.write(body[i:i + size])
+            except ConnectionError:  # the client was killed, or has seen enough
+                return
+            time.sleep(0.05 if what == "slow" else 0)
         if what == "stall":
             self.wfile.flush()
             self.server.waiting.wait(20)

@@ -194,26 +194,6 @@ def test_a_continuation_counts_what_was_spent_before(folder, teacher, monkeypatc
         assert word in error and not (folder / "x").exists()
 
 
-def test_a_log_that_lost_lines_is_refused_but_a_damaged_end_is_cut(folder, monkeypatch, capsys):
-    """The checkpoint of step 10 knows of a line at step 8; what comes after it is written anew."""
-    call(command(folder, "log"), monkeypatch)
-    run, resume = folder / "log-damaged", ["train.py", "--resume", folder / "log-damaged"]
-    call(command(folder, run.name), monkeypatch)
-    whole = (run / "log.jsonl").read_bytes().splitlines(keepends=True)
-    (run / "model.pt").unlink()
-    (run / "checkpoint.pt").unlink()  # that of step 24; the one before is of step 20
-    assert load_tensors(run / "checkpoint.prev.pt")["logged"] == 20
-    for lines in (whole[:5], whole[:2] + [b"{}\n"] + whole[3:], []):
-        (run / "log.jsonl").write_bytes(b"".join(lines))
-        assert "lines up to step 20 were there" in refused(resume, monkeypatch, capsys)
-    (run / "log.jsonl").write_bytes(b"".join(whole[:6]) + b"\0" * 99 + b"\n" + whole[6])
-    with pytest.raises(UserError, match="damaged in line 7"):
-        read_log(run)
-    call(resume, monkeypatch)
-    assert same_weights(folder / "log", run)
-    assert what_was_logged(run) == what_was_logged(folder / "log")
-
-
 # ---- a run
 
 
