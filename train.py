@@ -288,10 +288,8 @@ def main():
     })
     step, seconds = 0, 0.0  # updates done, and the time spent in them
     recent = []  # (loss, gradient norm) of the updates since the last log line
-    saved = load_checkpoint(run) if earlier else None
-    if not saved and a.begin_from:
-        saved = load_checkpoint(Path(a.begin_from))
-    if saved:
+    own = load_checkpoint(run) if earlier else None
+    if saved := own or (a.begin_from and load_checkpoint(Path(a.begin_from))):
         step, recent = saved["step"], list(saved["recent"].to(device))
         seconds = saved["seconds"]
         model.load_state_dict(saved["model"])
@@ -300,7 +298,7 @@ def main():
             types.mean, types.seen = saved["types"].to(device)
         print(f"{run}: going on after step {step}")
     log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(
-        run, step, saved and saved["logged"])
+        run, step if own else 0, own and own["logged"])
     mirror = open_tensorboard(run, step) if a.tensorboard and not ranks.RANK else lambda entry: None
     begun = step
 

@@ -187,16 +187,16 @@ def check_origin(a, corpus_sha256=None):
     UserError if the run with the flags `a` cannot continue it. Its masking may be another one.
     """
     flops, teacher_flops = spent_flops(a["begin_from"])
-    config = read_json(Path(a["begin_from"]) / "config.json")
+    config = read_config(a["begin_from"], a)
     for name in SHARED:
         if config["flags"].get(name) != a[name]:
             raise UserError(f"--begin-from {a['begin_from']} has --{name.replace('_', '-')} "
                             f"{config['flags'].get(name)}, and that cannot change")
-    steps = config["flags"]["steps"]
+    steps = config["flags"].get("steps", a["steps"])
     if steps >= a["steps"]:
         raise UserError(f"--begin-from {a['begin_from']} has {steps} steps: --steps, which counts "
                         "them too, must be larger")
-    if corpus_sha256 not in (None, config["corpus_sha256"]):
+    if corpus_sha256 not in (None, config.get("corpus_sha256")):
         raise UserError(f"--corpus {a['corpus']} is not the text of {a['begin_from']}")
     return steps, flops, teacher_flops
 
