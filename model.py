@@ -21,6 +21,8 @@ Shapes: B rows, T tokens a row, k masked positions a row, d width, h heads, V vo
 """
 
 import argparse
+import ctypes
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -298,8 +300,18 @@ def make_optimizer(model, lr, weight_decay):
         lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
 
 
+def keep_memory():
+    """Let memory that was freed stay with the process: on Linux, the large tensors of every step
+    are otherwise given back and mapped again, page by page."""
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):  # an old glibc refuses so much
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
 def pick_machine(device, dtype, threads):
     """--device, --dtype, --threads -> (torch.device, "float32" or "bfloat16", why this one)."""
+    keep_memory()
     if threads:
         torch.set_num_threads(threads)
     if device == "cuda" and not torch.cuda.is_available():
