@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -157,8 +158,7 @@ def rows_like(task, count):
     """-> [(ids, length of the first sentence)] with sentence lengths like the task's."""
     import numpy as np
 
-    rng = np.random.default_rng(0)
-    mean, deviation = LENGTHS[task]
+    rng, (mean, deviation) = np.random.default_rng(0), LENGTHS[task]
     # Lengths are skewed: a lognormal with this mean and deviation.
     sigma = np.log(1 + (deviation / mean) ** 2) ** 0.5
     lengths = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, count))
@@ -173,8 +173,9 @@ def tune(task, layers, width, count):
     import torch
 
     import glue
-    from model import Bert, Shape
+    from model import Bert, Shape, keep_memory
 
+    keep_memory()  # as glue.py does
     a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 3e-4})
     rows = rows_like(task, count)
     labels = [i % 2 for i in range(count)]
@@ -240,8 +241,7 @@ def prepare_text(text, tokenizer):
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         corpus.encode_documents([Path(text)], "", Tokenizer(tokenizer), 10**9, None, Path(folder))
-        seconds = time.perf_counter() - began
-    return {"mb_per_s": os.path.getsize(text) / 1e6 / seconds}
+        return {"mb_per_s": os.path.getsize(text) / 1e6 / (time.perf_counter() - began)}
 
 
 def prepare_peer(text, tokenizer):
@@ -264,7 +264,7 @@ def write_text(path, megabytes, types=60_000):
     rng = random.Random(0)
     syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(types)]
-    weights = list(1 / (rank + 2.7) for rank in range(types))
+    weights = [1 / (rank + 2.7) for rank in range(types)]
     with open(path, "w") as f:
         while f.tell() < megabytes * 1e6:
             drawn = rng.choices(words, weights, k=5000)
@@ -285,10 +285,8 @@ def take_turns(variants, rounds):
 
 def median(results, key, against=None):
     """The median of a figure over the rounds, or of its ratio to another variant's, by round."""
-    values = [result[key] for result in results]
-    if against:
-        values = [value / other for value, other in zip(values, against)]
-    return statistics.median(values)
+    against = against or [1] * len(results)
+    return statistics.median(result[key] / other for result, other in zip(results, against))
 
 
 def train_arm(folder, flags, threads, steps):
@@ -318,8 +316,7 @@ def bench_training(folder, size, vocab_size, a, peers):
         flags = [teacher if flag == TEACHER else flag for flag in flags]
         if name != "random":
             flags += ["--init-frac", "0"]
-        variants[name] = lambda flags=flags: train_arm(
-            folder, common + flags, a.threads, a.steps)
+        variants[name] = partial(train_arm, folder, common + flags, a.threads, a.steps)
     for gathered in (False, True) if peers else ():
         name = f"transformers, {'gathered' if gathered else 'as it is'}"
         variants[name] = lambda gathered=gathered: run_child(
@@ -344,13 +341,11 @@ def bench_training(folder, size, vocab_size, a, peers):
 
 def bench_tuning(task, size, a, peers):
     """-> rows of the table: examples/s on rows as long as the task's."""
-    layers, width = SHAPES[size]
-    shape = dict(task=task, layers=layers, width=width, count=a.examples)
+    shape = dict(zip(("layers", "width"), SHAPES[size]), task=task, count=a.examples)
     variants = {"glue.py": lambda: run_child("tune", a.threads, **shape)}
     for padded in (True, False) if peers else ():
         name = "transformers, padded to " + ("128" if padded else "the batch")
-        variants[name] = lambda padded=padded: run_child(
-            "tune_peer", a.threads, padded=padded, **shape)
+        variants[name] = partial(run_child, "tune_peer", a.threads, padded=padded, **shape)
     results = take_turns(variants, a.rounds)
     ours = [r["examples_per_s"] for r in results["glue.py"]]
     return [{"size": size, "task": task, "loop": name,
@@ -380,12 +375,7 @@ def bench_preparation(folder, tokenizer, a):
 
 
 def bench_help(a):
-    seconds = []
-    for _ in range(2 * a.rounds + 1):
-        began = time.perf_counter()
-        spawn([sys.executable, "train.py", "--help"], a.threads)
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+    return timed(lambda: spawn([sys.executable, "train.py", "--help"], a.threads), 1, 2 * a.rounds)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -393,15 +383,14 @@ def bench_help(a):
 
 def show(rows, markdown):
     """Rows (dicts with the same keys) -> a table as text."""
-    def cell(value):
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
-
     names = {"tokens_per_s": "tokens/s", "time": "time / random", "flops": "FLOPs / random",
              "share_of_peak": "share of peak", "memory_mb": "memory (MB)", "mb_per_s": "MB/s",
              "examples_per_s": "examples/s", "times_slower": "time / glue.py",
              "share": "speed / sentencepiece", "peak_gflops": "peak (GFLOP/s)"}
     header = [names.get(key, key.replace("_", " ")) for key in rows[0]]
-    return grid([header, *([cell(value) for value in row.values()] for row in rows)], markdown)
+    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value)
+              for value in row.values()] for row in rows]
+    return grid([header, *cells], markdown)
 
 
 def main():
@@ -452,11 +441,9 @@ def main():
 
 def cpu_name():
     """What the processor calls itself."""
-    if Path("/proc/cpuinfo").exists():
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    name = info.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
+    return name or platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":
