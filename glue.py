@@ -26,7 +26,8 @@ from types import SimpleNamespace
 
 from data.compare import group_arms, make_tables, show_tables
 from data.files import (
-    UserError, add_flags, check_range, lock_folder, refuse_command, run_script, sha256_file,
+    UserError, add_flags, check_range, lock_folder, make_folder, refuse_command, run_script,
+    sha256_file,
 )
 from data.runs import add_score, read_config, read_log, read_scores, spent_flops
 from data.tasks import TASKS, batches, encode_rows, read_task
@@ -407,6 +408,8 @@ def work(a, recipe, subjects):
             if not is_done(subject, name, seed):
                 items.append((subject, name, seed, train, devs, size))
 
+    for subject, *_ in items:
+        make_folder(subject.folder)
     # smoothing 0: the average speed so far; tasks differ too much for anything shorter
     bar = tqdm(total=sum(size for *_, size in items), smoothing=0,
                mininterval=0.2 if sys.stderr.isatty() else 30,
@@ -414,7 +417,6 @@ def work(a, recipe, subjects):
     for subject, name, seed, train, devs, size in items:
         with contextlib.ExitStack() as held:
             if subject.is_floor:  # jobs side by side share these: wait, and perhaps it is done
-                subject.folder.mkdir(parents=True, exist_ok=True)
                 held.enter_context(lock_folder(subject.folder, wait=True))
                 if is_done(subject, name, seed):
                     bar.update(size)

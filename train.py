@@ -29,8 +29,8 @@ from data.files import (
     sha256_file,
 )
 from data.runs import (
-    begin_run, check_flags, check_origin, load_checkpoint, open_log, open_run, open_tensorboard,
-    read_log, save_checkpoint, spent_flops,
+    begin_run, check_flags, check_origin, load_checkpoint, load_origin, open_log, open_run,
+    open_tensorboard, origin_sha256, read_log, save_checkpoint, spent_flops,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +115,7 @@ FLAGS = {
 DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
 # What may change when resuming; a corpus or teacher that moved is known by its hash.
 HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher",
-                "tensorboard"}
+                "begin_from", "tensorboard"}
 
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
@@ -272,13 +272,14 @@ def main():
     if a.begin_from and not earlier:
         step, spent, spent_by_teacher = check_origin(vars(a), text.sha256)
     all_flops = earlier["flops"] if earlier else spent + sum(map(flops_at, range(step, a.steps)))
-    teacher_flops = teacher_flops or spent_by_teacher
+    teacher_flops = earlier["teacher_flops"] if earlier else teacher_flops + spent_by_teacher
 
     # ---- run folder: a new one, or an interrupted run, which goes on where its checkpoint is -----
     lock = None if ranks.RANK else begin_run(run, earlier, text.tokenizer_path, {
         "flags": {name: value for name, value in vars(a).items() if name in DEFAULTS},
         "corpus_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256,
         "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
+        "origin_sha256": earlier["origin_sha256"] if earlier else origin_sha256(a.begin_from),
         "unigram_entropy": text.unigram_entropy,
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": all_flops, "teacher_flops": teacher_flops,
@@ -289,7 +290,7 @@ def main():
     step, seconds = 0, 0.0  # updates done, and the time spent in them
     recent = []  # (loss, gradient norm) of the updates since the last log line
     own = load_checkpoint(run) if earlier else None
-    if saved := own or (a.begin_from and load_checkpoint(Path(a.begin_from))):
+    if saved := own or (a.begin_from and load_origin(a.begin_from, earlier)):
         step, recent = saved["step"], list(saved["recent"].to(device))
         seconds = saved["seconds"]
         model.load_state_dict(saved["model"])
@@ -299,7 +300,9 @@ def main():
         print(f"{run}: going on after step {step}")
     log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(
         run, step if own else 0, own and own["logged"])
-    mirror = open_tensorboard(run, step) if a.tensorboard and not ranks.RANK else lambda entry: None
+    mirror = lambda entry: None  # noqa: E731
+    if a.tensorboard and not ranks.RANK:
+        mirror = open_tensorboard(run, 0 if logged is None else logged + 1)
     begun = step
 
     # ---- loop ------------------------------------------------------------------------------------
@@ -416,7 +419,9 @@ def main():
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for labels, H, shown in (x for s in sightings for x in ranks.gather(s)):
+        if types:  # all at once, in the order of the rows: a micro-batch is only about memory
+            by_part = [ranks.gather(s) for s in sightings]
+            labels, H, shown = torch.cat([x for rank in zip(*by_part) for x in rank], 1)
             types.update(labels.long(), H, shown)
         recent.append(torch.stack([total, norm]))
         flops += flops_at(step)
@@ -427,6 +432,7 @@ def main():
     bar.close()
     if stopping:
         print(f"stopped after step {step}; go on with:  python train.py --resume {run}")
+        ranks.leave()  # after process 0 has saved: torchrun ends the others when one is gone
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
     if ranks.RANK:
         return ranks.leave()

@@ -130,7 +130,8 @@ def same_compute(run, runs):
     """The token count of the run whose FLOPs --flops-of gave to this one; else its own."""
     if run.flops_of:
         for other in runs:
-            if not other.flops_of and abs(run.flops / other.flops - 1) < 0.02:
+            if (not other.flops_of and comparable(run)[:3] == comparable(other)[:3]
+                    and abs(run.flops - other.flops) < 0.02 * other.flops):
                 return other.tokens
     return run.tokens
 
@@ -190,7 +191,7 @@ def make_row(name, runs, tasks, fine_tuning_seeds):
             for part, value in run_parts[task].items():
                 parts.setdefault(task, {}).setdefault(part, {})[run.seed] = value
         own = endpoints(run_scores, run_parts)
-        if not own and run_scores:
+        if not own and len(run_scores) == len(tasks):  # means over other tasks say nothing
             own = {"mean": statistics.fmean(run_scores.values())}
         for end, value in own.items():
             ends.setdefault(end, {})[run.seed] = value
@@ -212,14 +213,15 @@ def make_tables(runs, floors, baseline=()):
     tables, groups = [], {}
     for run in runs:
         key = (*comparable(run)[:3], same_compute(run, runs))
-        for recipe in {repr(e["recipe"]) for e in run.entries}:
+        for recipe in dict.fromkeys(repr(e["recipe"]) for e in run.entries):
             groups.setdefault((key, recipe), []).append(run)
     for (key, recipe), members in groups.items():
-        tables.append(make_table(members, floors.get((key[2], key[1]), []), recipe, baseline))
+        floor = floors.get((key[2], key[1]), [])
+        tables.append(make_table(members, floor, recipe, baseline, tokens=key[3]))
     return tables
 
 
-def make_table(runs, floors, recipe, baseline):
+def make_table(runs, floors, recipe, baseline, tokens):
     def select(subjects, data=None):
         """Copies of the subjects with the entries of this recipe (and these rows) alone."""
         chosen = []
@@ -254,8 +256,13 @@ def make_table(runs, floors, recipe, baseline):
                 bool(arms[i][0].flops_of), i)
 
     named = [i for i, members in enumerate(arms) if any(r.path in baseline for r in members)]
+    if len(named) > 1:
+        raise UserError(f"--baseline names several arms: {', '.join(names[i] for i in named)}")
+    if baseline and not named:
+        notes.append("the runs of --baseline are not in this table")
     random = [i for i, members in enumerate(arms) if members[0].flags["masking"] == "random"]
-    reference = named[0] if named else min(random, key=plain) if random else None
+    plainest = min(random, key=plain) if random else None
+    reference = named[0] if named else plainest
     for row, members in zip(rows, arms):
         for what in ("flops", "flops_with_teacher", "seconds"):
             row[what] = statistics.fmean(getattr(run, what) for run in members)
@@ -287,15 +294,16 @@ def make_table(runs, floors, recipe, baseline):
             counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
             counts[0] = f"{e['trained_on']} of {e['official'][0]}"
             notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
-    if reference is not None and reference in random:
-        notes += validity(arms[reference], rows[reference], floor, example)
+    if plainest is not None:
+        notes += validity(arms[plainest], rows[plainest], floor, example)
     elif reference is None:
         notes.append("no random arm to compare with: add one, or name another with --baseline")
     run = runs[0]
     return {
         "title": f"{run.shape.layers} layers of width {run.shape.width}, {run.shape.vocab_size} "
-                 f"pieces, {run.tokens / 1e6:.1f} million tokens of corpus {run.corpus[:8]}",
-        "tokens": run.tokens, "recipe": seen[0]["recipe"], "tasks": tasks,
+                 f"pieces, {tokens / 1e6:.1f} million tokens of corpus {run.corpus[:8]}",
+        "tokens": tokens, "subject": repr(comparable(run)[:3]),
+        "recipe": seen[0]["recipe"], "tasks": tasks,
         "fine_tuning_seeds": {task: sorted(seeds[task]) for task in tasks},
         "baseline": names[reference] if reference is not None else None,
         "floors": [majority, floor] if scored else [majority], "rows": rows, "notes": notes,

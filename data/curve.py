@@ -21,7 +21,11 @@ COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e"]
 
 
 def read_points(tables, score):
-    """Tables of glue.py -> ({arm: [(tokens, mean)]}, {floor: mean over the tables})."""
+    """Tables of glue.py -> ({arm: [(tokens, mean)]}, {floor: mean over the tables}). UserError
+    where they differ in more than tokens."""
+    if len({(repr(table["recipe"]), table["subject"]) for table in tables}) > 1:
+        raise UserError("these scores differ in recipe, corpus or size, not only in tokens: name "
+                        "the recipe to glue.py --table, and give it runs of one size")
     arms, floors = {}, {}
     for table in tables:
         for rows, into in ((table["rows"], arms), (table["floors"], floors)):

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, write_atomic
+from data.files import UserError, make_folder, write_atomic
 from data.tokenizer import N_SPECIAL
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -26,10 +26,7 @@ def export(model, tokenizer, folder):
     folder = Path(folder)
     if there := [name for name in FILES if (folder / name).exists()]:
         raise UserError(f"{folder / there[0]} exists: give another folder to --export")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {folder}: {error.strerror}")
+    make_folder(folder)
 
     def write(name, value):
         write_atomic(folder / name, json.dumps(value).encode())

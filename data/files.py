@@ -102,6 +102,14 @@ def sha256_file(path):
     return digest.hexdigest()
 
 
+def make_folder(path):
+    """Create a folder and those above it, where they are not there. UserError if that fails."""
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot create {path}: {error.strerror}")
+
+
 def write_atomic(path, data):
     """Write bytes so that `path` holds the old content or all of the new, also after a crash.
 

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from data.download import NAMED
 from data.files import (
-    UserError, check_range, load_tensors, lock_folder, read_json, save_tensors, sha256_file,
-    write_atomic, write_json,
+    UserError, check_range, load_tensors, lock_folder, make_folder, read_json, save_tensors,
+    sha256_file, write_atomic, write_json,
 )
 from data.ranks import WORLD
 
@@ -77,7 +77,9 @@ def check_flags(a, given):
     need(a["positions"] == "rotary" or not {"rotary_base", "local_start"} & given,
          "--rotary-base and --local-start need --positions rotary")
     need(not a["flops_of"] or "steps" not in given, "give --steps or --flops-of, not both")
-    need(not (a["begin_from"] and a["flops_of"]), "give --begin-from or --flops-of, not both")
+    for name in ("flops_of", "init_from_teacher"):
+        need(not (a["begin_from"] and a[name]),
+             f"give --begin-from or --{name.replace('_', '-')}, not both")
     if "begin_from" in given and a["begin_from"]:
         check_origin(a)
     share, rest = divmod(a["batch_size"], WORLD)
@@ -123,7 +125,7 @@ def open_run(a, given, may_change):
     config = read_config(run, a)
     own, names = config["flags"], set(a) - {"resume", "eval"}
     if set(own) != names or not {"corpus_sha256", "tokenizer_sha256", "teacher_sha256", "dtype",
-                                 "flops"} <= set(config):
+                                 "origin_sha256", "flops", "teacher_flops"} <= set(config):
         raise UserError(f"{run / 'config.json'} is damaged, or of another version of train.py")
     for name in sorted(given - {"resume", "eval", "out"} - may_change):
         if a[name] != own[name]:
@@ -149,10 +151,7 @@ def read_config(run, defaults):
 def begin_run(run, earlier, tokenizer_path, config):
     """Make the run folder with its config.json and tokenizer.model, or check that an `earlier` run
     is continued with the tokenizer and teacher it had. -> the folder's lock, to be kept alive."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {run}: {error.strerror}")
+    make_folder(run)
     lock = lock_folder(run)
     if earlier:
         for what in ("tokenizer", "teacher"):
@@ -178,13 +177,14 @@ def spent_flops(run):
 
 # What a run and its continuation must share: the model, the text, and the order of the blocks.
 SHARED = ("seed corpus_tokens vocab_size seq_len size layers width positions rotary_base "
-          "batch_size").split()
+          "batch_size weight_decay").split()
 
 
 def check_origin(a, corpus_sha256=None):
-    """The finished run of --begin-from -> (its steps, its FLOPs, those of its teacher).
+    """The finished run of --begin-from -> (its steps, its FLOPs, those of its teacher, or 0 where
+    the run with the flags `a` has the same teacher).
 
-    UserError if the run with the flags `a` cannot continue it. Its masking may be another one.
+    UserError if that run cannot continue it. Its masking may be another one.
     """
     flops, teacher_flops = spent_flops(a["begin_from"])
     config = read_config(a["begin_from"], a)
@@ -196,9 +196,37 @@ def check_origin(a, corpus_sha256=None):
     if steps >= a["steps"]:
         raise UserError(f"--begin-from {a['begin_from']} has {steps} steps: --steps, which counts "
                         "them too, must be larger")
+    if config["flags"].get("decay_frac") != 0:
+        raise UserError(f"--begin-from {a['begin_from']}: its learning rate has fallen; only a run "
+                        "of --decay-frac 0 can be continued")
+    if round(a["warmup_frac"] * a["steps"]) > steps:
+        raise UserError(f"--begin-from {a['begin_from']}: the warm-up of --warmup-frac, a share of "
+                        f"--steps, would begin again after its {steps} steps: lower it")
+    if a["teacher"] and config.get("teacher_sha256") == origin_sha256(a["teacher"]):
+        teacher_flops = 0
     if corpus_sha256 not in (None, config.get("corpus_sha256")):
         raise UserError(f"--corpus {a['corpus']} is not the text of {a['begin_from']}")
     return steps, flops, teacher_flops
+
+
+def origin_sha256(run):
+    """The sha256 of a finished run's weights; "" for no run."""
+    return sha256_file(Path(run) / "model.pt") if run else ""
+
+
+def load_origin(run, earlier):
+    """The last checkpoint of the run of --begin-from. UserError if it is not there, or not that
+    of the run with which the `earlier` one, that is resumed, began."""
+    run, state = Path(run), None
+    if (run / "config.json").exists() and (run / "model.pt").exists():
+        if earlier and earlier["origin_sha256"] != origin_sha256(run):
+            raise UserError(f"--begin-from {run} is not the run that this one began from")
+        state = load_checkpoint(run)
+        steps = read_json(run / "config.json")["flags"]["steps"]
+    if not state or state["step"] != steps:
+        raise UserError(f"--begin-from {run} has no checkpoint of its last step (if it has moved, "
+                        "say where with --begin-from)")
+    return state
 
 
 def save_checkpoint(run, state):

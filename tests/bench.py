@@ -416,27 +416,29 @@ def main():
         print("transformers is not installed: its rows are left out", file=sys.stderr)
 
     shapes = [(s, v) for s in SHAPES for v in (8192, 30522)] if a.full else [("mini", 8192)]
-    with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/text.txt", 12 if a.full else 4)
-        training = [row for size, vocab_size in shapes
-                    for row in bench_training(folder, size, vocab_size, a, peers)]
-        tuning = [row for size in dict(shapes) for task in LENGTHS
-                  for row in bench_tuning(task, size, a, peers)]
-        tokenizer = next(Path(folder, "cache").glob("*/tokenizer.model"))
-        preparation = bench_preparation(folder, str(tokenizer), a)
     result = {
         "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads,
         "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers") if peers else None,
-        "training": training, "fine_tuning": tuning, "preparation": preparation,
         "help_seconds": round(bench_help(a), 3)}
+    if not a.json:
+        print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
+
+    def done(name, rows):  # told at once: what is measured later may be interrupted
+        result[name] = rows
+        if not a.json:
+            print(f"\n{show(rows, a.markdown)}", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder:
+        write_text(f"{folder}/text.txt", 12 if a.full else 4)
+        done("training", [row for size, vocab_size in shapes
+                          for row in bench_training(folder, size, vocab_size, a, peers)])
+        done("fine_tuning", [row for size in dict(shapes) for task in LENGTHS
+                             for row in bench_tuning(task, size, a, peers)])
+        tokenizer = next(Path(folder, "cache").glob("*/tokenizer.model"))
+        done("preparation", bench_preparation(folder, str(tokenizer), a))
     if a.json:
         print(json.dumps(result, indent=1))
-        return
-    print(", ".join(f"{key} {value}" for key, value in result.items()
-                    if not isinstance(value, list)))
-    for rows in (training, tuning, preparation):
-        print(f"\n{show(rows, a.markdown)}")
 
 
 def cpu_name():

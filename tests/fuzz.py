@@ -187,7 +187,8 @@ def run_readers(folder):
     runs.check_flags(flags, set())
     write_json(run / "config.json", {
         "flags": flags, "corpus_sha256": "c", "tokenizer_sha256": sha256_file(
-            run / "tokenizer.model"), "teacher_sha256": "", "unigram_entropy": 5.0, "flops": 10,
+            run / "tokenizer.model"), "teacher_sha256": "", "origin_sha256": "",
+        "unigram_entropy": 5.0, "flops": 10,
         "teacher_flops": 0, "dtype": "float32"})
     (run / "log.jsonl").write_text("".join(
         json.dumps({"step": step, "tokens": 10 * step, "train_loss": 4.0, "seconds": 1.5,

@@ -453,6 +453,8 @@ def test_arms_are_named_by_what_differs():
     assert table["baseline"] == "random"  # the plain one, not the one whose rate falls
     table, = C.make_tables(runs, {}, [runs[2].path])
     assert table["baseline"] == "self, select high"
+    with pytest.raises(UserError, match="several arms"):
+        C.make_tables(runs, {}, [runs[2].path, runs[3].path])
     origins = [fake_run(s, scores, begin_from=f"runs/trunk-{s}") for s in (2, 3)]
     table, = C.make_tables([*runs, *origins], {})  # a path says nothing but that there is one
     assert (table["rows"][-1]["name"], table["rows"][-1]["n"]) == ("random, continued", 2)
@@ -466,6 +468,7 @@ def test_scores_that_are_missing_or_of_other_rows():
     table, = C.make_tables(runs, {})
     tasks = table["rows"][1]["tasks"]
     assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
+    assert table["rows"][0]["ends"]["mean"]["mean"] == 35 and not table["rows"][1]["ends"]
     assert "-" in C.show_tables([table])
     subset = [1000, 277]
     runs = [fake_run(0, {}), fake_run(0, {}, "self"), fake_run(1, {})]
@@ -499,4 +502,6 @@ def test_the_curve_has_a_point_per_arm_and_token_count(tmp_path):
     for wanted in ("primary", "STS-B"):
         assert curve.read_points(tables, wanted)[0]["self"][0][0] == 5e6
     assert curve.read_points(tables, "nothing") == ({}, {})
+    with pytest.raises(UserError, match="recipe"):
+        curve.read_points([*tables, {**tables[0], "recipe": {"lr": 2}}], "primary")
     assert curve.ticks(0.12, 0.71) == pytest.approx([i / 10 for i in range(1, 9)])

@@ -179,19 +179,30 @@ def test_a_run_of_constant_rate_is_continued_bit_for_bit(flags, folder, monkeypa
 
 def test_a_continuation_counts_what_was_spent_before(folder, teacher, monkeypatch, capsys):
     """It may mask otherwise from then on: self-masking after a run of random masks."""
-    call(command(folder, "after", "--seed", "1", "--steps", "36", "--init-frac", "0",
-                 "--begin-from", teacher), monkeypatch)
-    log, before = read_log(folder / "after"), read_log(teacher)[-1]
+    refuse = refused(command(folder, "x", "--begin-from", teacher, "--seed", "1", "--steps", "36"),
+                     monkeypatch, capsys)
+    assert "rate has fallen" in refuse
+    origin = folder / "before"
+    call(command(folder, origin.name, "--masking", "random", "--decay-frac", "0"), monkeypatch)
+    flags = command(folder, "after", "--steps", "36", "--init-frac", "0", "--begin-from", origin)
+    call(flags, monkeypatch)
+    log, before = read_log(folder / "after"), read_log(origin)[-1]
     assert (log[0]["step"], log[0]["flops"]) == (24, before["flops"])
     assert log[0]["val_loss"] == before["val_loss"]
     each = [b["flops"] - a["flops"] for a, b in zip(log, log[1:])]
     assert len(set(each)) == 1 and each[0] > before["flops"] / 6  # 4 steps here, 24 there
     assert log[-1]["flops"] == read_json(folder / "after" / "config.json")["flops"]
-    for flags, word in (([], "--seed"), (["--seed", "1"], "--steps"),
-                        (["--seed", "1", "--steps", "36", "--width", "128"], "--width"),
+    for flags, word in ((["--seed", "1"], "--seed"), ([], "--steps"),
+                        (["--steps", "36", "--width", "128"], "--width"),
+                        (["--steps", "36", "--warmup-frac", "0.9"], "--warmup-frac"),
                         (["--begin-from", folder / "nowhere"], "not a finished run")):
-        error = refused(command(folder, "x", "--begin-from", teacher, *flags), monkeypatch, capsys)
+        error = refused(command(folder, "x", "--begin-from", origin, *flags), monkeypatch, capsys)
         assert word in error and not (folder / "x").exists()
+    for path in (folder / "after" / "model.pt", *(folder / "after").glob("checkpoint*"),
+                 origin / "checkpoint.pt"):
+        path.unlink()  # neither of the two has anything to go on from: not from random weights
+    error = refused(["train.py", "--resume", folder / "after"], monkeypatch, capsys)
+    assert "no checkpoint of its last step" in error
 
 
 # ---- a run
