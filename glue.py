@@ -38,7 +38,7 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak learning rate (default 3e-4; with --freeze 3e-3)"),
+    ("lr", -1.0, "peak learning rate (default 1e-3; with --freeze 3e-3)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
@@ -86,7 +86,7 @@ def parse_flags():
     given = vars(parser.parse_args())
     a = argparse.Namespace(**{**DEFAULTS, "runs": [], **given})
     if a.lr == -1:
-        a.lr = 3e-3 if a.freeze else 3e-4
+        a.lr = 3e-3 if a.freeze else 1e-3
     if a.epochs == -1:
         a.epochs = 10 if a.freeze else 3
 
@@ -194,8 +194,8 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
     torch.manual_seed(stream)
     model = Classifier(bert, outputs, a.pool_output).to(device)
     labels = torch.tensor(labels, device=device)
-    if outputs == 1:
-        labels = (labels - labels.mean()) / labels.std().clamp_min(1e-6)
+    if outputs == 1:  # correction 0: a single row has a deviation, too
+        labels = (labels - labels.mean()) / labels.std(correction=0).clamp_min(1e-6)
     lengths = np.array([len(ids) for ids, _ in train])
 
     def vector(*batch):
@@ -206,7 +206,7 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
         model.eval()
         bert.requires_grad_(False)
         vectors = over_rows(vector, train, device, bar)
-        mean, std = vectors.mean(0), vectors.std(0).clamp_min(1e-6)
+        mean, std = vectors.mean(0), vectors.std(0, correction=0).clamp_min(1e-6)
         vectors = ((vectors - mean) / std).clone()  # clone: inference tensors cannot be trained on
     optimizer = make_optimizer(model, a.lr, a.weight_decay)
     step, steps = 0, a.epochs * math.ceil(len(train) / a.batch_size)
@@ -244,13 +244,12 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
 def measure(task, outputs, devs):
     """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100; where
     there are two sets (MNLI, with one metric) by their names, matched and mismatched."""
-    parts = {}
-    for output, dev, file in zip(outputs, devs, task.dev):
+    values = []
+    for output, dev in zip(outputs, devs):
         guess = output.squeeze(1) if task.labels is None else output.argmax(1)
-        for name in task.metrics:
-            part = name if len(devs) == 1 else file.removeprefix("dev_")
-            parts[part] = 100 * getattr(metrics, name)(guess, torch.tensor(dev.labels))
-    return parts
+        values += [100 * getattr(metrics, name)(guess, torch.tensor(dev.labels))
+                   for name in task.metrics]
+    return dict(zip(task.parts, values, strict=True))
 
 
 def majority(task, labels, devs):

@@ -364,11 +364,11 @@ def cells(table, parts=False):
     ends = [end for end in END_NAMES if any(end in row["ends"] for row in everything)]
     columns = []
     for task in table["tasks"]:
-        names = example = next(row["parts"][task] for row in everything if task in row["parts"])
+        names = next(row["parts"][task] for row in everything if task in row["parts"])
         columns.append((task, lambda row, task=task: row["tasks"].get(task)))
         if parts and len(names) > 1:
             columns += [(f"{task} {part}", lambda row, task=task, part=part:
-                         row["parts"].get(task, {}).get(part)) for part in example]
+                         row["parts"].get(task, {}).get(part)) for part in names]
     columns += [(END_NAMES[end], lambda row, end=end: row["ends"].get(end)) for end in ends]
     scores = [["arm", "n", *(name for name, _ in columns)]]
     scores += [[row["name"], str(row["n"]), *(show(get(row)) for _, get in columns)]

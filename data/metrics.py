@@ -1,7 +1,7 @@
 """The metrics of GLUE, by hand: defined for every input, 0 where a prediction is degenerate.
 
 All take two tensors of N values, predictions first, compute in float64 and return a float.
-`classes` below are integer labels. Checked against hand-worked values in tests/test_glue_data.py.
+A class is an integer label. Checked against hand-worked values in tests/test_glue_data.py.
 """
 
 import torch
