@@ -241,6 +241,15 @@ EVAL_RATE = 0.15  # whatever the training rate
 DIAGNOSIS_SEED = 2605  # likewise: every step and arm is looked at with the same noise
 
 
+def mask_for_evaluation(tokens, vocab_size):
+    """tokens (N, T) -> positions (N, k), inputs (N, T), labels (N, k); the same masks always."""
+    (N, T), k = tokens.shape, mask_count(EVAL_RATE, tokens.shape[1])
+    noise = draw(EVAL_SEED, 0, SELECT, N, T).to(tokens.device)
+    u = draw(EVAL_SEED, 0, REPLACE, N, 2 * k).view(N, k, 2).to(tokens.device)
+    positions = choose(tokens, k, None, None, 0, {SELECT: noise})
+    return positions, replace(tokens, positions, u, vocab_size), tokens.gather(1, positions)
+
+
 @torch.inference_mode()
 def evaluate(model, tokens, amp):
     """Mean loss (nats) and accuracy on tokens (N, T) at 15 % random masks, the same every time.
@@ -248,12 +257,7 @@ def evaluate(model, tokens, amp):
     amp() is the context in which the model runs. Leaves eval mode on.
     """
     model.eval()
-    (N, T), k = tokens.shape, mask_count(EVAL_RATE, tokens.shape[1])
-    noise = draw(EVAL_SEED, 0, SELECT, N, T).to(tokens.device)
-    u = draw(EVAL_SEED, 0, REPLACE, N, 2 * k).view(N, k, 2).to(tokens.device)
-    positions = choose(tokens, k, None, None, 0, {SELECT: noise})
-    inputs = replace(tokens, positions, u, model.shape.vocab_size)
-    labels = tokens.gather(1, positions)
+    positions, inputs, labels = mask_for_evaluation(tokens, model.shape.vocab_size)
     loss = right = 0
     for x, p, y in zip(inputs.split(64), positions.split(64), labels.split(64)):
         with amp():

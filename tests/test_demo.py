@@ -3,14 +3,17 @@
 import re
 import runpy
 import sys
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import masking as M
 from data import corpus as corpora
+from data import reach
 from data.files import read_json, save_tensors, write_json
 from data.tokenizer import CLS, MASK, SEP
 from model import Bert, Shape, load
@@ -30,10 +33,42 @@ def run(tmp_path_factory):
     run = folder / "run"
     run.mkdir()
     (run / "tokenizer.model").write_bytes(text.tokenizer_path.read_bytes())
-    flags = {"corpus": str(source), "vocab_size": 600, "cache": str(folder / "cache")}
-    write_json(run / "config.json", {"flags": flags, "tokenizer_sha256": text.tokenizer.sha256})
+    flags = {"corpus": str(source), "vocab_size": 600, "cache": str(folder / "cache"),
+             "masking": "random", "seq_len": 64, "corpus_tokens": 0}
+    write_json(run / "config.json", {"flags": flags, "tokenizer_sha256": text.tokenizer.sha256,
+                                     "corpus_sha256": text.sha256})
     save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict()})
     return run
+
+
+def test_a_window_hides_what_is_outside_and_nothing_else(run):
+    model, _ = load(run)
+    tokens = torch.randint(5, 600, (3, 40))
+    positions, inputs, labels = M.mask_for_evaluation(tokens, 600)
+    whole = reach.losses(model, inputs, positions, labels, 0)
+    with torch.no_grad():
+        expected = F.cross_entropy(model(inputs, positions).flatten(0, 1), labels.flatten())
+    assert whole.mean().item() == pytest.approx(expected.item(), rel=1e-5)
+    assert torch.allclose(reach.losses(model, inputs, positions, labels, 40), whole, atol=1e-5)
+    near = reach.losses(model, inputs, positions, labels, 4)
+    assert not torch.allclose(near, whole, atol=1e-3)
+    other = inputs.clone()  # only what no window of the first masked token can see; [CLS] it can
+    outside = (torch.arange(40) - positions[:, :1]).abs() > 4
+    outside[:, 0] = False
+    other[outside] = 7
+    assert torch.allclose(reach.losses(model, other, positions, labels, 4)[:, 0], near[:, 0],
+                          atol=1e-5)
+
+
+def test_reach_prints_a_line_per_window(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["reach", str(run), "--blocks", "4"])
+    reach.main()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[2:]] == ["+-2", "+-8", "+-32", "everything"]
+    text = corpora.load(corpora.prepare(str(run.parent / "text.txt"), 600, run.parent / "cache"),
+                        64)
+    loss, _ = M.evaluate(load(run)[0], corpora.with_ends(text.valid[:4]), nullcontext)
+    assert float(lines[-1].split()[1]) == pytest.approx(loss, abs=6e-3)
 
 
 def call(monkeypatch, *argv):
