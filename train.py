@@ -117,11 +117,15 @@ DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in fl
 HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher",
                 "begin_from", "tensorboard"}
 
+LONG = dict(  # why these: README, "Does pretraining pay yet?"
+    corpus="wikitext103", dropout=0.0, mask_rate=0.3, warmup_frac=0.01, decay_frac=0.2,
+    steps=80_000, eval_every=2000, checkpoint_every=2000)
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
-    "gpu": dict(  # a night on one GPU
-        corpus="wikitext103", size="small", vocab_size=30522, init_std=0.02, batch_size=256,
-        lr=1e-3, steps=80_000, compile=True, eval_every=2000, checkpoint_every=2000),
+    "laptop-long": LONG,  # two hours for --masking random
+    "gpu": LONG | dict(  # a night on one GPU; 20 epochs, so with dropout
+        size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256, lr=1e-3,
+        compile=True),
     "paper": dict(  # the paper's public model cards, read literally
         corpus="bookcorpus", size="small", vocab_size=30522, seq_len=512, positions="learned",
         init_std=0.02, select="high", score_input="clear", pool=0, init_frac=0.0, batch_size=160,
@@ -136,8 +140,8 @@ def parse_flags():
         usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = refuse_command
-    parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes on a CPU; "
-                        "gpu: a night on a GPU; paper: read literally. Any flag overrides it")
+    parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes; laptop-long: "
+                        "hours; gpu: a night on one; paper: read literally. Any flag overrides it")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
     parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")

@@ -311,6 +311,14 @@ def test_learning_rate():
     assert lr_at(9, 10, 1.0, 0.2, 0.0) == 1.0
 
 
+def test_presets_name_flags_that_exist_with_values_of_their_types():
+    for name, preset in train.PRESETS.items():
+        flags = {**train.DEFAULTS, **preset}
+        assert set(flags) == set(train.DEFAULTS), name
+        assert all(type(flags[n]) is type(train.DEFAULTS[n]) for n in flags), name
+        check_flags(flags, set())
+
+
 def test_distillation_loss_against_float64():
     a, b = torch.randn(7, 50), torch.randn(7, 50)
     assert train.distillation_loss(a, a, 2.0).item() == pytest.approx(0, abs=1e-6)
