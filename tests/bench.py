@@ -1,7 +1,8 @@
 """How fast is it, next to what the machine can do and next to others?
 
-    python -m tests.bench              # a few minutes on two cores, no data needed
+    python -m tests.bench              # 15 minutes on two cores, no data needed
     python -m tests.bench --full       # every shape: tiny and mini, vocabularies of 8192 and 30522
+    python -m tests.bench --only training --vocab-size 30522    # one table, at one shape
     python -m tests.bench --json       # for a program
 
 Training is measured by running train.py as it is, on a text made of random words, and reading
@@ -176,7 +177,7 @@ def tune(task, layers, width, count):
     from model import Bert, Shape, keep_memory
 
     keep_memory()  # as glue.py does
-    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 3e-4})
+    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 1e-3})
     rows = rows_like(task, count)
     labels = [i % 2 for i in range(count)]
 
@@ -208,7 +209,7 @@ def tune_peer(task, layers, width, count, padded):
         num_attention_heads=width // 64, intermediate_size=4 * width,
         max_position_embeddings=SEQ_LEN, hidden_dropout_prob=a.dropout,
         attention_probs_dropout_prob=a.dropout, attn_implementation="sdpa")).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, eps=1e-6, fused=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6, fused=True)
     rows, batches = rows_like(task, count), []
     for first in range(0, count, a.batch_size):
         part = rows[first:first + a.batch_size]
@@ -231,6 +232,13 @@ def tune_peer(task, layers, width, count, padded):
     for batch in batches:
         update(*batch)
     return {"examples_per_s": count / (time.perf_counter() - began)}
+
+
+def make_tokenizer(text, path):
+    from data.tokenizer import train_tokenizer
+
+    train_tokenizer(Path(text).read_text().split("\n"), 8192, path)
+    return {}
 
 
 def prepare_text(text, tokenizer):
@@ -354,9 +362,10 @@ def bench_tuning(task, size, a, peers):
              "memory_mb": round(median(runs, "memory_mb"))} for name, runs in results.items()]
 
 
-def bench_preparation(folder, tokenizer, a):
+def bench_preparation(folder, a):
     """-> rows of the table: MB/s of encoding a text, and of one four times as long."""
-    variants = {}
+    variants, tokenizer = {}, f"{folder}/tokenizer.model"
+    run_child("make_tokenizer", a.threads, text=f"{folder}/text.txt", path=tokenizer)
     for megabytes in (a.megabytes, 4 * a.megabytes):
         text = f"{folder}/text-{megabytes}.txt"
         write_text(text, megabytes)
@@ -396,10 +405,14 @@ def show(rows, markdown):
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every shape, not only mini with 8192")
+    parser.add_argument("--full", action="store_true", help="every shape, not only one")
+    parser.add_argument("--size", choices=SHAPES, default="mini", help="one shape (default mini)")
+    parser.add_argument("--only", choices=("training", "tuning", "preparation"),
+                        help="one table, not all three")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help="print tables for a README")
     for name, default, text in (
+            ("vocab-size", 8192, "pieces, where it trains"),
             ("threads", os.cpu_count(), "CPU threads"),
             ("rounds", 3, "how often every variant runs"),
             ("steps", 20, "updates of a training run"),
@@ -410,12 +423,14 @@ def main():
     parser.error = refuse_command
     a = parser.parse_args()
     check_range(vars(a), "threads rounds examples megabytes", lambda v: v > 0, "above 0")
+    check_range(vars(a), "vocab_size", lambda v: 600 <= v <= 65536, "from 600 to 65536")
     check_range(vars(a), "steps", lambda v: v >= 15, "at least 15, of which 10 are measured")
     peers = importlib.util.find_spec("transformers") is not None
     if not peers:
         print("transformers is not installed: its rows are left out", file=sys.stderr)
 
-    shapes = [(s, v) for s in SHAPES for v in (8192, 30522)] if a.full else [("mini", 8192)]
+    sizes = list(SHAPES) if a.full else [a.size]
+    vocab_sizes = (8192, 30522) if a.full else (a.vocab_size,)
     result = {
         "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads,
         "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
@@ -424,19 +439,18 @@ def main():
     if not a.json:
         print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
 
-    def done(name, rows):  # told at once: what is measured later may be interrupted
-        result[name] = rows
-        if not a.json:
-            print(f"\n{show(rows, a.markdown)}", flush=True)
-
     with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/text.txt", 12 if a.full else 4)
-        done("training", [row for size, vocab_size in shapes
-                          for row in bench_training(folder, size, vocab_size, a, peers)])
-        done("fine_tuning", [row for size in dict(shapes) for task in LENGTHS
-                             for row in bench_tuning(task, size, a, peers)])
-        tokenizer = next(Path(folder, "cache").glob("*/tokenizer.model"))
-        done("preparation", bench_preparation(folder, str(tokenizer), a))
+        write_text(f"{folder}/text.txt", 12)  # enough for 30522 pieces
+        tables = {
+            "training": lambda: [row for size in sizes for vocab_size in vocab_sizes
+                                 for row in bench_training(folder, size, vocab_size, a, peers)],
+            "tuning": lambda: [row for size in sizes for task in LENGTHS
+                               for row in bench_tuning(task, size, a, peers)],
+            "preparation": lambda: bench_preparation(folder, a)}
+        for name in [a.only] if a.only else tables:
+            result[name] = tables[name]()
+            if not a.json:  # told at once: what is measured later may be interrupted
+                print(f"\n{show(result[name], a.markdown)}", flush=True)
     if a.json:
         print(json.dumps(result, indent=1))
 
