@@ -45,7 +45,8 @@ RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says
     ("clip", 1.0, "largest norm of the gradient"),
     ("max-len", 128, "tokens in a row; the longer sentence of a pair is cut first"),
     ("max-train", 0, "only so many training rows a task, always the same; 0: all"),
-    ("pool-output", "mean", "sentence vector: mean over the tokens, or [CLS]", ("mean", "cls")),
+    ("pool-output", "pair", "sentence vector: the mean over the tokens of each sentence and their "
+     "difference; mean, over all tokens; cls, that of [CLS]", ("pair", "mean", "cls")),
     ("freeze", False, "keep the encoder as it is and train the last layer alone"),
 ]
 FLAGS = {
@@ -151,18 +152,28 @@ class Classifier(nn.Module):
         super().__init__()
         self.bert, self.pool_output = bert, pool_output
         self.dropout = nn.Dropout(bert.shape.dropout)
-        self.head = nn.Linear(bert.shape.width, outputs)
+        parts = 3 if pool_output == "pair" else 1
+        self.head = nn.Linear(parts * bert.shape.width, outputs)
         nn.init.normal_(self.head.weight, std=0.02)  # as BERT's classifier
         nn.init.zeros_(self.head.bias)
 
     def vector(self, tokens, types, attend):
-        """-> (B, d), the mean of the hidden states of all tokens but padding, or that of [CLS]."""
+        """-> (B, d): the hidden state of [CLS], or the mean over all tokens; or (B, 3 d): the means
+        u and v over each sentence (v = 0 without a second) and |u - v|, as Sentence-BERT (Reimers
+        and Gurevych 2019, section 3), but from one forward over both."""
         if self.pool_output == "cls":
             first = torch.zeros_like(tokens[:, :1])
             return self.bert.encode(tokens, first, types, attend)[:, 0]
         hidden = self.bert.encode(tokens, None, types, attend)  # (B, T, d)
-        share = attend / attend.sum(1, keepdim=True)  # (B, T)
-        return (hidden * share[..., None]).sum(1)
+
+        def mean(which):  # (B, T) -> (B, d); padding is never in it
+            share = which / which.sum(1, keepdim=True).clamp_min(1)
+            return (hidden * share[..., None]).sum(1)
+
+        if self.pool_output == "mean":
+            return mean(attend)
+        u, v = mean(attend & (types == 0)), mean(attend & (types == 1))
+        return torch.cat((u, v, (u - v).abs()), 1)
 
     def forward(self, vector):
         return self.head(self.dropout(vector))

@@ -172,7 +172,7 @@ def rows_of(lengths, split=None):
     return [(rng.integers(5, 99, n).astype(np.uint16), split or n) for n in lengths]
 
 
-@pytest.mark.parametrize("pool", ["mean", "cls"])
+@pytest.mark.parametrize("pool", ["pair", "mean", "cls"])
 def test_the_sentence_vector_ignores_padding(pool):
     torch.manual_seed(0)
     model = glue.Classifier(Bert(Shape(99, 2, 64, 32, init_std=0.3)), 2, pool).eval()
@@ -186,8 +186,17 @@ def test_the_sentence_vector_ignores_padding(pool):
         alone = model.vector(tokens, types, attend)
         torch.testing.assert_close(together[i:i + 1], alone, rtol=0, atol=1e-5)
         hidden = model.bert.encode(tokens, None, types)[0]
-        expected = hidden.mean(0) if pool == "mean" else hidden[0]
+        u, v = hidden[:5].mean(0), hidden[5:].mean(0)
+        expected = {"pair": torch.cat((u, v, (u - v).abs())), "mean": hidden.mean(0),
+                    "cls": hidden[0]}[pool]
         torch.testing.assert_close(alone[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_single_sentence_has_no_second_one():
+    model = glue.Classifier(Bert(Shape(99, 2, 64, 32)), 2, "pair").eval()
+    tokens, types, attend = glue.collate(rows_of([9, 20]), CPU)
+    u, v, difference = model.vector(tokens, types, attend).chunk(3, dim=1)
+    assert (v == 0).all() and (difference == u.abs()).all() and u.isfinite().all()
 
 
 def test_outputs_come_back_in_the_order_of_the_rows(monkeypatch):
