@@ -1,5 +1,7 @@
 # What made the files of this folder. FILE: real English, 100 MB; GLUE: a folder in the official layout.
-# The *.jsonl are the evaluations of the runs' logs. Run from the repository's folder.
+# The *.jsonl named after runs are the evaluations of their logs. Run from the repository's folder.
+
+# ---- first part: 15 % masked; fine-tuning at --lr 3e-4, the mean over all tokens
 T="python train.py --corpus FILE --dropout 0 --eval-every 500 --checkpoint-every 1000 --threads 1"
 R="$T --masking random"
 $R --steps 2000 --warmup-frac 0.1 --decay-frac 0 --out runs/trunk-4M
@@ -10,7 +12,7 @@ $R --steps 5000 --decay-frac 0.2 --begin-from runs/trunk-8M --out runs/random-10
 $R --steps 10000 --decay-frac 0.2 --begin-from runs/trunk-16M --out runs/random-20M
 $T --masking self --steps 10000 --warmup-frac 0.02 --decay-frac 0.2 --out runs/self-20M
 
-G="python glue.py --glue-dir GLUE --threads 1"
+G="python glue.py --glue-dir GLUE --threads 1 --lr 3e-4 --pool-output mean"
 S="$G runs/random-10M --tasks CoLA,SST-2,STS-B,QNLI --max-train 5000"      # search.json
 $G runs/random-10M --max-train 20000 --tasks SST-2,QQP,MNLI,QNLI,STS-B       # scores.json, too
 $S
@@ -24,4 +26,44 @@ $G runs/random-5M --tasks SST-2,STS-B,QNLI,MNLI --max-train 5000
 $G runs/random-5M --tasks SST-2,STS-B,QNLI,MNLI --max-train 5000 --lr 1e-3
 $G runs/random-20M --tasks SST-2 --max-train 5000 --seeds 3
 $G runs/random-* --max-train 20000 --table --json > scores-table.json
-python -m data.curve scores-table.json data/results/instrument/curve.svg
+python -m data.curve scores-table.json curve.svg
+
+# ---- second part: screening of pretraining, two runs at a time, one thread each
+N="$R --steps 2500 --warmup-frac 0.08 --decay-frac 0.2"     # against trunk-4M and random-5M
+$N --weight-decay 0.1 --out runs/weight-decay-0.1
+# These need:  git apply data/results/instrument/local-start.patch
+LOCAL=layer0 $N --out runs/local-first-layer
+LOCAL=half $N --out runs/local-half-of-the-heads
+LOCAL=match $N --out runs/local-and-tied-head      # and query = key weights in one head of the last
+LOCAL=layer0 $R --steps 4000 --warmup-frac 0.05 --decay-frac 0 --mask-rate 0.3 --out runs/rate30-local-first-layer    # stopped
+$R --steps 1500 --warmup-frac 0.1333334 --decay-frac 0 --mask-rate 0.5 --out runs/rate50-3M    # stopped
+
+# ---- third part: 30 % masked
+M="$R --mask-rate 0.3"
+$M --steps 2000 --warmup-frac 0.1 --decay-frac 0 --out runs/rate30-4M
+$M --steps 4000 --warmup-frac 0.05 --decay-frac 0 --begin-from runs/rate30-4M --out runs/rate30-8M
+$M --steps 8000 --warmup-frac 0.025 --decay-frac 0 --begin-from runs/rate30-8M --out runs/rate30-16M
+$M --steps 16000 --warmup-frac 0.0125 --decay-frac 0 --begin-from runs/rate30-16M --out runs/rate30-32M
+$M --steps 2500 --warmup-frac 0.08 --decay-frac 0.2 --begin-from runs/rate30-4M --out runs/rate30-5M
+$M --steps 10000 --warmup-frac 0.02 --decay-frac 0.2 --begin-from runs/rate30-16M --out runs/rate30-20M
+$M --steps 20000 --warmup-frac 0.01 --decay-frac 0.2 --begin-from runs/rate30-32M --out runs/rate30-40M
+for s in 1 2 3 4; do $M --seed $s --steps 2500 --warmup-frac 0.08 --decay-frac 0.2 --out runs/rate30-5M-s$s; done
+
+# ---- the fine-tuning recipe: recipe.jsonl. Accuracies (STS-B: Spearman), of at most 2000 rows of a development set; made by
+# a loop over glue.fine_tune, of which this is the meaning. "mean of the layers" was a change that is not kept.
+for lr in 3e-4 1e-3 2e-3 4e-3; do
+    python glue.py --glue-dir GLUE --threads 1 runs/random-20M --tasks SST-2,QQP --max-train 2000 --epochs 4 --pool-output mean --lr $lr --parts
+done
+for p in mean pair; do
+    python glue.py --glue-dir GLUE --threads 1 runs/random-20M --tasks SST-2,QQP,MNLI,QNLI,STS-B --max-train 5000 --pool-output $p --parts
+done
+
+# ---- the curve and the noise: scores-pair.json, curve-pair.svg
+P="python glue.py --glue-dir GLUE --threads 1 --max-train 5000"    # --lr 1e-3 --pool-output pair are the defaults
+for r in rate30-5M rate30-20M rate30-40M rate30-5M-s1 rate30-5M-s2 rate30-5M-s3 rate30-5M-s4; do
+    $P runs/$r --tasks SST-2,QQP,MNLI,QNLI,STS-B --seeds 2
+done
+$P runs/rate30-40M --tasks SST-2,QQP,MNLI,QNLI --lr 2e-3
+for r in rate30-5M rate30-40M; do python -m data.reach runs/$r; done    # reach.txt
+python glue.py runs/rate30-5M runs/rate30-20M runs/rate30-40M --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI,STS-B --table --json > curve.json
+python -m data.curve curve.json data/results/instrument/curve-pair.svg
