@@ -118,13 +118,13 @@ class Attention(nn.Module):
             q = rotate(q, cos, sin)
         # SDPA does not look at .train() / .eval(): its dropout must be switched off by hand.
         dropout = self.dropout.p if self.training else 0.0
-        if dropout and not x.is_cuda:  # where SDPA has no fast path: the same, written out
+        if x.is_cuda:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
+        else:  # the same, written out: SDPA's CPU kernel is slower in bfloat16 and with dropout
             logits = (q * HEAD_WIDTH**-0.5) @ k.mT  # (B, h, n, T)
             if attend is not None:
                 logits = logits.masked_fill(~attend, -torch.inf)
             y = self.dropout(logits.softmax(-1)) @ v
-        else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attend, dropout_p=dropout)
         return self.out(y.transpose(1, 2).flatten(-2))
 
 
@@ -321,6 +321,8 @@ def pick_machine(device, dtype, threads):
         return device, dtype, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return device, "bfloat16", "this GPU has it"
+    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+        return device, "float32", "exact; this CPU is 1.5 times as fast with --dtype bfloat16"
     return device, "float32", "exact, and the fast one on most CPUs"
 
 

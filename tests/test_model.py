@@ -244,16 +244,24 @@ def test_dropout_keeps_its_share_and_the_expectation(p):
     assert layer.eval()(x) is x
 
 
-def test_attention_with_dropout_is_that_without_but_for_what_is_dropped(monkeypatch):
-    """Where dropout is on, the CPU does not use SDPA: the two must be one function."""
+class OnGpu(torch.Tensor):
+    """A tensor of the CPU that takes the way of a GPU."""
+
+    is_cuda = True
+
+
+def test_attention_written_out_is_sdpa():
+    """CPUs take the one, GPUs the other: they must be one function."""
     torch.manual_seed(0)
-    model = Bert(Shape(99, 2, 128, 32, init_std=0.3, dropout=0.2)).double()
-    tokens = torch.randint(5, 99, (3, 32))
-    attend = torch.arange(32) < torch.tensor([[32], [20], [9]])
+    shape = Shape(99, 2, 128, 32, init_std=0.3, dropout=0.0)
+    model = Bert(shape).double()
+    attention, x = model.blocks[0].attention, torch.randn(3, 32, 128).double()
+    attend = (torch.arange(32) < torch.tensor([[32], [20], [9]]))[:, None, None, :]
     positions = torch.tensor([[1, 5, 8]] * 3)
-    monkeypatch.setattr(Dropout, "forward", lambda self, x: x)
-    for where in (None, positions):
+    rotary = (model.cos, model.sin)
+    for where, query in ((None, x), (positions, x[:, [1, 5, 8]])):
         for mask in (None, attend):
-            with_dropout = model.train()(tokens, where, None, mask)
-            without = model.eval()(tokens, where, None, mask)
-            torch.testing.assert_close(with_dropout, without, rtol=0, atol=1e-10)
+            ours = attention(x, query, where, rotary, mask)
+            sdpa = attention(x.as_subclass(OnGpu), query, where, rotary, mask)
+            assert type(sdpa) is OnGpu
+            torch.testing.assert_close(ours, sdpa.as_subclass(torch.Tensor), rtol=0, atol=1e-10)
