@@ -29,6 +29,7 @@ from data.files import (
     UserError, add_flags, check_range, lock_folder, make_folder, refuse_command, run_script,
     sha256_file,
 )
+from data.metrics import majority, measure
 from data.runs import add_score, read_config, read_log, read_scores, spent_flops
 from data.tasks import TASKS, batches, encode_rows, read_task
 
@@ -120,7 +121,6 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data import metrics
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, load, lr_at, make_optimizer, pick_machine, read_model, share_types
@@ -250,25 +250,6 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
         return model((x - mean) / std if a.freeze else x)
 
     return [over_rows(predict, rows, device, bar).cpu() for rows in devs]
-
-
-def measure(task, outputs, devs):
-    """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100; where
-    there are two sets (MNLI, with one metric) by their names, matched and mismatched."""
-    values = []
-    for output, dev in zip(outputs, devs):
-        guess = output.squeeze(1) if task.labels is None else output.argmax(1)
-        values += [100 * getattr(metrics, name)(guess, torch.tensor(dev.labels))
-                   for name in task.metrics]
-    return dict(zip(task.parts, values, strict=True))
-
-
-def majority(task, labels, devs):
-    """The metrics of always saying the commonest label of the training rows."""
-    constant = torch.zeros(task.outputs)
-    if task.labels:
-        constant[max(sorted(set(labels)), key=labels.count)] = 1
-    return measure(task, [constant.expand(len(dev), -1) for dev in devs], devs)
 
 
 # --------------------------------------------------------------------------------------------------

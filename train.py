@@ -227,9 +227,8 @@ def main():
         raise UserError(f"--corpus {a.corpus} is not the text that {run} began with")
     if a.eval:
         loss, accuracy = M.evaluate(load(run)[0].to(device), valid, amp)
-        print(f"{run}: held-out loss {loss:.4f} nats (unigram entropy {text.unigram_entropy:.4f}), "
-              f"accuracy {accuracy:.4f}")
-        return
+        return print(f"{run}: held-out loss {loss:.4f} nats (unigram entropy "
+                     f"{text.unigram_entropy:.4f}), accuracy {accuracy:.4f}")
     print(f"corpus: {len(text.train)} blocks of {T} to train on, {len(valid)} held out, "
           f"unigram entropy {text.unigram_entropy:.2f} nats")
     if len(text.train) < a.batch_size:
@@ -284,9 +283,8 @@ def main():
         "corpus_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256,
         "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
         "origin_sha256": earlier["origin_sha256"] if earlier else origin_sha256(a.begin_from),
-        "unigram_entropy": text.unigram_entropy,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "flops": all_flops, "teacher_flops": teacher_flops,
+        "unigram_entropy": text.unigram_entropy, "flops": all_flops, "teacher_flops": teacher_flops,
         "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
         "threads": torch.get_num_threads(), "dtype": dtype, "processes": ranks.WORLD,
         "command": sys.argv,
@@ -349,13 +347,11 @@ def main():
             if recent:
                 since = time.perf_counter() - began
                 seconds += since
-                entry |= {
-                    "train_loss": values[:, 0].mean().item(),
-                    "grad_norm": values[:, 1].mean().item(),
-                    "lr": optimizer.param_groups[0]["lr"],
-                    "tokens_per_s": round(timed * a.batch_size * T / since),
-                    "seconds": round(seconds, 1),
-                }
+                entry |= {"train_loss": values[:, 0].mean().item(),
+                          "grad_norm": values[:, 1].mean().item(),
+                          "lr": optimizer.param_groups[0]["lr"],
+                          "tokens_per_s": round(timed * a.batch_size * T / since),
+                          "seconds": round(seconds, 1)}
                 bar.set_postfix(loss=f"{entry['train_loss']:.2f}", refresh=False)
             entry |= {"flops": flops, "flops_with_teacher": flops + teacher_flops}
             if due:

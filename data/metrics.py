@@ -1,7 +1,7 @@
 """The metrics of GLUE, by hand: defined for every input, 0 where a prediction is degenerate.
 
-All take two tensors of N values, predictions first, compute in float64 and return a float.
-A class is an integer label. Checked against hand-worked values in tests/test_glue_data.py.
+The first five take two tensors of N values, predictions first, compute in float64 and return a
+float. A class is an integer label. Checked against hand-worked values in tests/test_glue_data.py.
 """
 
 import torch
@@ -45,3 +45,25 @@ def mean_ranks(x):
     """Ranks 1 to N, equal values sharing the mean of theirs."""
     _, group, size = x.flatten().unique(return_inverse=True, return_counts=True)
     return (size.cumsum(0) - (size - 1) / 2)[group]
+
+
+METRICS = {metric.__name__: metric for metric in (accuracy, f1, matthews, pearson, spearman)}
+
+
+def measure(task, outputs, devs):
+    """Outputs (N, classes or 1) for each development set -> the metrics by name, times 100; where
+    there are two sets (MNLI, with one metric) by their names, matched and mismatched."""
+    values = []
+    for output, dev in zip(outputs, devs):
+        guess = output.squeeze(1) if task.labels is None else output.argmax(1)
+        values += [100 * METRICS[name](guess, torch.tensor(dev.labels))
+                   for name in task.metrics]
+    return dict(zip(task.parts, values, strict=True))
+
+
+def majority(task, labels, devs):
+    """The metrics of always saying the commonest label of the training rows."""
+    constant = torch.zeros(task.outputs)
+    if task.labels:
+        constant[max(sorted(set(labels)), key=labels.count)] = 1
+    return measure(task, [constant.expand(len(dev), -1) for dev in devs], devs)

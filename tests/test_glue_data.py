@@ -1,22 +1,18 @@
-"""GLUE's files, metrics and statistics, by hand.   python -m pytest tests/test_glue_data.py -q"""
+"""GLUE's files and metrics, by hand.   python -m pytest tests/test_glue_data.py -q"""
 
 import hashlib
 import io
 import math
 import zipfile
-from types import SimpleNamespace
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
 from data import compare as C
-from data import curve
 from data import metrics as m
 from data import tasks as G
 from data.files import UserError
-from model import Shape
 from tests.test_download import serve
 
 HEADERS = {
@@ -323,185 +319,3 @@ def test_metrics_agree_with_scikit_learn_and_scipy_where_they_are():
         assert m.spearman(tx, ty) == pytest.approx(stats.spearmanr(x, y)[0])
         assert m.pearson(tx, ty) == pytest.approx(stats.pearsonr(x, y)[0])
     assert C.t_factor(7) == pytest.approx(stats.t.ppf(0.975, 7))
-
-
-# --------------------------------------------------------------------------------------------------
-# statistics and tables
-
-
-def test_t_factor_is_the_textbook_s():
-    book = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 8: 2.306, 9: 2.262, 17: 2.110,
-            30: 2.042, 120: 1.980}
-    for df, value in book.items():
-        assert C.t_factor(df) == pytest.approx(value, abs=5e-4)
-
-
-def test_sign_flip_by_hand():
-    # Of the 8 sign patterns of 1, 2, 3 only +++ and --- reach a sum of 6.
-    assert C.sign_flip([1.0, 2.0, 3.0]) == (2 / 8, 2 / 8)
-    # |1 + 2 - 3| = 0: every pattern is as far. And |1 + 3 - 2| = 2: sums 6, 4, 2 and 0 (twice).
-    assert C.sign_flip([1.0, 2.0, -3.0]) == (1.0, 0.25)
-    assert C.sign_flip([1.0, -2.0, 3.0]) == (6 / 8, 0.25)
-    assert C.sign_flip([0.1] * 9) == (2 / 512, 2 / 512)  # rounding does not lose a tie
-    assert C.sign_flip([0.5]) == (1.0, 1.0)
-
-
-def test_paired_by_hand():
-    arm, base = {0: 72.0, 1: 71.0, 2: 73.0, 9: 50.0}, {0: 70.0, 1: 70.0, 2: 70.0, 7: 10.0}
-    c = C.paired(arm, base)  # differences 2, 1, 3: mean 2, sd 1, standard error 1 / sqrt(3)
-    assert c["pairs"] == 3 and c["difference"] == pytest.approx(2)
-    assert c["high"] - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4) == 2 - c["low"]
-    assert c["p"] == c["p_smallest"] == 0.25 and c["gain_percent"] == pytest.approx(100 * 2 / 70)
-    one = C.paired({0: 1.0}, {0: 2.0})
-    assert one["low"] is None and one["p"] == 1 and C.paired({0: 1.0}, {1: 2.0}) is None
-
-
-def entry(task, seed, score, recipe=None, data="d", rows=None):
-    official = list(G.TASKS[task].rows)
-    names = ["matched", "mismatched"] if task == "MNLI" else G.TASKS[task].metrics
-    # Parts lie 2 to both sides of the score: the primary endpoint takes the first of them.
-    parts = {n: score + d for n, d in zip(names, (2, -2) if len(names) > 1 else (0,))}
-    return {"task": task, "seed": seed, "score": score, "parts": parts,
-            "recipe": recipe or {"lr": 1}, "data": data, "majority": {n: 40.0 for n in names},
-            "rows": rows or official, "official": official, "trained_on": (rows or official)[0]}
-
-
-FLAGS = {"masking": "random", "select": "mix", "distill": "off", "mask_rate": 0.15,
-         "mask_rate_end": 0.15, "steps": 100, "flops_of": "", "seed": 0}
-
-
-def fake_run(seed, scores, masking="random", flops=100.0, tokens=1000, **flags):
-    """A run as open_subject of glue.py gives it; scores: {task: score}."""
-    flags = {**FLAGS, "masking": masking, "seed": seed, **flags}
-    return SimpleNamespace(
-        path=f"{masking}-{seed}-{flags}", seed=seed, flags=flags, defaults=FLAGS, shape=Shape(600),
-        tokenizer=SimpleNamespace(sha256="t"), corpus="c" * 64, tokens=tokens, flops=flops,
-        flops_of=flags["flops_of"], teacher_flops=0, flops_with_teacher=flops, seconds=10.0,
-        margin=1.0, entries=[entry(task, 0, score) for task, score in scores.items()])
-
-
-def floor_of(score):
-    return {(Shape(600), "t"): [SimpleNamespace(seed=0, entries=[
-        entry(task, 0, score) for task in G.TASKS])]}
-
-
-def test_the_table_by_hand():
-    base = {task: 60.0 for task in G.TASKS}
-    runs = [fake_run(s, {**base, "RTE": 60.0 + s}) for s in range(3)]
-    better = {**base, "SST-2": 68.0, "WNLI": 0.0}
-    runs += [fake_run(s, {**better, "RTE": 60.0 + s}, "self", flops=140.0) for s in range(3)]
-    table, = C.make_tables(runs, floor_of(50.0))
-    random, own = table["rows"]
-    assert (random["name"], own["name"], own["n"]) == ("random", "self", 3)
-    assert random["tasks"]["RTE"]["mean"] == 61 and random["tasks"]["RTE"]["sd"] == 1
-    # primary: SST-2, QNLI; MNLI-m and the accuracy of QQP, which lie 2 above their task's score
-    assert random["ends"]["primary"]["mean"] == pytest.approx((60 + 62 + 62 + 60) / 4)
-    assert own["ends"]["primary"]["mean"] == pytest.approx((68 + 62 + 62 + 60) / 4)
-    # GLUE: 8 tasks, WNLI is not among them
-    assert random["ends"]["glue"]["mean"] == pytest.approx((7 * 60 + 61) / 8)
-    assert own["ends"]["glue"]["seeds"][0] == pytest.approx((6 * 60 + 68 + 60) / 8)
-    assert own["cost"] == 1.4 and random["cost"] == 1 and "against" not in random
-    c = own["against"]["glue"]
-    assert c["difference"] == pytest.approx(1) and c["pairs"] == 3 and c["p"] == 0.25
-    assert c["gain_percent"] == pytest.approx(100 / 60.125)
-    assert [row["name"] for row in table["floors"]] == ["majority class", "random weights"]
-    assert any("can be compared" in note for note in table["notes"])
-    text = C.show_tables([table])
-    assert "61.0 ± 1.0" in text and "0.250 (0.250)" in text and "+1.00 [+1.00, +1.00]" in text
-    markdown = C.show_tables([table], markdown=True)
-    lines = [x for x in markdown.splitlines() if x.startswith("|")]
-    assert len({x.count("|") for x in lines[:6]}) == 1 and lines[1].startswith("| --- |")
-    assert "MNLI mismatched" in C.show_tables([table], parts=True)
-
-
-def test_a_random_arm_that_is_no_better_than_its_floor_is_not_a_baseline():
-    runs = [fake_run(s, {task: 60.0 for task in G.TASKS}, name) for name in ("random", "self")
-            for s in range(2)]
-    table, = C.make_tables(runs, floor_of(59.5))
-    note, = [n for n in table["notes"] if "NO COMPARISON" in n]
-    # SST-2 has 872 rows: two errors of a difference are 2 sqrt(2 * 0.6 * 0.4 / 872) = 4.7 points
-    assert "SST-2 +0.5 against random weights, within two standard errors (4.7)" in note
-    assert "QQP +0.5" in note and "0.7" in note
-    for run in runs:
-        run.margin = 0.3
-    table, = C.make_tables(runs, floor_of(30.0))
-    assert any("0.30 nats below" in n and "SST-2" not in n for n in table["notes"])
-
-
-def test_what_cannot_be_compared_stands_apart():
-    scores = {"RTE": 60.0}
-    runs = [fake_run(0, scores), fake_run(0, scores, "self"), fake_run(0, scores, tokens=2000),
-            fake_run(0, scores, tokens=3000, flops=140.0, steps=300, flops_of="runs/self-0")]
-    runs[1].flops = 140.0
-    tables = C.make_tables(runs, {})
-    assert sorted(len(t["rows"]) for t in tables) == [1, 3]
-    assert "cannot be compared" in C.show_tables(tables)
-    names = [row["name"] for t in tables if len(t["rows"]) == 3 for row in t["rows"]]
-    assert names == ["random", "self", "random, steps 300, equal FLOPs"]
-    runs[0].entries.append(entry("RTE", 0, 61.0, {"lr": 2}))
-    assert len(C.make_tables(runs, {})) == 3  # another recipe
-
-
-def test_arms_are_named_by_what_differs():
-    scores = {"RTE": 60.0}
-    runs = [fake_run(0, scores), fake_run(0, scores, "self"),
-            fake_run(0, scores, "self", select="high"),
-            fake_run(0, scores, mask_rate=0.3), fake_run(1, scores, "self", out="elsewhere")]
-    table, = C.make_tables(runs, {})
-    assert [(row["name"], row["n"]) for row in table["rows"]] == [
-        ("random", 1), ("self", 2), ("self, select high", 1), ("random, mask-rate 0.3", 1)]
-    assert table["baseline"] == "random"  # the plain one, not the one whose rate falls
-    table, = C.make_tables(runs, {}, [runs[2].path])
-    assert table["baseline"] == "self, select high"
-    with pytest.raises(UserError, match="several arms"):
-        C.make_tables(runs, {}, [runs[2].path, runs[3].path])
-    origins = [fake_run(s, scores, begin_from=f"runs/trunk-{s}") for s in (2, 3)]
-    table, = C.make_tables([*runs, *origins], {})  # a path says nothing but that there is one
-    assert (table["rows"][-1]["name"], table["rows"][-1]["n"]) == ("random, continued", 2)
-    with pytest.raises(UserError, match="the same arm and seed"):
-        C.make_tables([*runs, fake_run(0, scores, "self", out="again")], {})
-
-
-def test_scores_that_are_missing_or_of_other_rows():
-    runs = [fake_run(0, {"RTE": 60.0, "CoLA": 10.0}), fake_run(0, {"RTE": 62.0}, "self")]
-    runs[1].entries.append(entry("RTE", 1, 90.0))  # random has no such fine-tuning seed
-    table, = C.make_tables(runs, {})
-    tasks = table["rows"][1]["tasks"]
-    assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
-    assert table["rows"][0]["ends"]["mean"]["mean"] == 35 and not table["rows"][1]["ends"]
-    assert "-" in C.show_tables([table])
-    subset = [1000, 277]
-    runs = [fake_run(0, {}), fake_run(0, {}, "self"), fake_run(1, {})]
-    runs[0].entries = [entry("RTE", 0, 60.0, rows=subset)]
-    runs[2].entries = [entry("RTE", 0, 61.0, rows=subset)]
-    runs[1].entries = [entry("RTE", 0, 99.0, data="others")]
-    table, = C.make_tables(runs, {})
-    assert "RTE" not in table["rows"][1]["tasks"]
-    assert "RTE: scores on other rows are left out" in table["notes"]
-    assert "RTE 1000 of 2490 (training), 277 of 277 (development)" in table["notes"]
-
-
-# ---- data/curve.py
-
-
-def test_the_curve_has_a_point_per_arm_and_token_count(tmp_path):
-    scores = {task: 60.0 for task in G.TASKS}
-    runs = [fake_run(0, {**scores, "RTE": 60.0 + tokens}, name, tokens=int(tokens * 1e6))
-            for name in ("random", "self") for tokens in (5, 10, 20)]
-    tables = C.make_tables(runs, floor_of(50.0))
-    assert sorted(t["tokens"] for t in tables) == [5_000_000, 10_000_000, 20_000_000]
-    arms, floors = curve.read_points(tables, "RTE")
-    assert arms["random"] == arms["self"] == [(5e6, 65.0), (10e6, 70.0), (20e6, 80.0)]
-    assert floors == {"majority class": 40.0, "random weights": 50.0}
-    picture = ElementTree.fromstring(curve.draw(arms, floors, "<RTE>"))
-    points = [e for e in picture.iter() if e.tag.endswith("circle")]
-    x, y = ([float(e.get(c)) for e in points[:3]] for c in ("cx", "cy"))
-    assert len(points) == 6 and x == sorted(x) and y == sorted(y, reverse=True)
-    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)  # a logarithmic axis
-    assert y[1] - y[2] == pytest.approx(2 * (y[0] - y[1]), abs=0.3)  # a linear one
-    for wanted in ("primary", "STS-B"):
-        assert curve.read_points(tables, wanted)[0]["self"][0][0] == 5e6
-    assert curve.read_points(tables, "nothing") == ({}, {})
-    with pytest.raises(UserError, match="recipe"):
-        curve.read_points([*tables, {**tables[0], "recipe": {"lr": 2}}], "primary")
-    assert curve.ticks(0.12, 0.71) == pytest.approx([i / 10 for i in range(1, 9)])
