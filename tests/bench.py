@@ -3,6 +3,7 @@
     python -m tests.bench              # 15 minutes on two cores, no data needed
     python -m tests.bench --full       # every shape: tiny and mini, vocabularies of 8192 and 30522
     python -m tests.bench --only training --vocab-size 30522    # one table, at one shape
+    python -m tests.bench --dtype bfloat16      # where the CPU multiplies it
     python -m tests.bench --json       # for a program
 
 Training is measured by running train.py as it is, on a text made of random words, and reading
@@ -10,9 +11,9 @@ tokens/s from its log: nothing is timed that a user does not run. Each variant i
 own, so each has its own peak memory; they take turns, and the figures are medians over the rounds.
 Ratios are taken within a round: on a machine that is shared they mean more than the figures.
 
-`peak` is the float32 product of 1024 x 1024 matrices, measured in every round. The share of it
-counts the matrix-product FLOPs that a variant really executes (model.forward_flops): one that
-computes logits which nobody reads has a high share and is slow all the same.
+`peak` is the product of 1024 x 1024 matrices in the same --dtype, measured in every round. The
+share of it counts the matrix-product FLOPs that a variant really executes (model.forward_flops):
+one that computes logits which nobody reads has a high share and is slow all the same.
 
 Where Hugging Face transformers is installed its BERT of the same shape runs too: SDPA, the same
 dropout, threads, batch, fused AdamW and clipping, 80/10/10 masking as its collator does it.
@@ -27,23 +28,20 @@ import json
 import os
 import platform
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 from tqdm import tqdm
 
 from data.compare import grid
 from data.files import UserError, check_range, refuse_command, run_script
+from tests.bench_steps import BATCH, LENGTHS, SEQ_LEN, timed
 
 ROOT = Path(__file__).parent.parent
-BATCH, SEQ_LEN = 16, 128
 TEACHER = "TEACHER"  # stands for the teacher's run folder
 ARMS = {
     "random": ["--masking", "random"],
@@ -54,8 +52,6 @@ ARMS = {
     "self + distillation": ["--masking", "self", "--teacher", TEACHER, "--distill", "complete"],
 }
 SHAPES = {"tiny": (2, 128), "mini": (4, 256)}
-# Tokens in a row, mean and deviation: those of GLUE's training rows with a vocabulary of 8192.
-LENGTHS = {"CoLA": (12.9, 4.7), "MNLI": (45.4, 21.2)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -63,8 +59,8 @@ LENGTHS = {"CoLA": (12.9, 4.7), "MNLI": (45.4, 21.2)}
 
 
 def run_child(function, threads, **arguments):
-    """function(**arguments) of this file in a process of its own -> the dict that it returns."""
-    code = f"from tests import bench; bench.reply(bench.{function}(**{arguments!r}))"
+    """function(**arguments) of bench_steps.py, in a process of its own -> the dict it returns."""
+    code = f"from tests import bench_steps as b; b.reply(b.{function}(**{arguments!r}))"
     return json.loads(spawn([sys.executable, "-c", code], threads).splitlines()[-1])
 
 
@@ -74,193 +70,6 @@ def spawn(argv, threads):
     if done.returncode:
         raise UserError(f"{' '.join(map(str, argv))[:200]} failed: {done.stderr[-500:]}")
     return done.stdout
-
-
-def reply(result):
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    result["memory_mb"] = round(memory / (2**20 if sys.platform == "darwin" else 2**10))
-    print(json.dumps(result))
-
-
-def timed(step, warm, count):
-    """Seconds of a call of step(), the median of `count` after `warm` that are not counted."""
-    seconds = []
-    for i in range(warm + count):
-        began = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[warm:])
-
-
-# --------------------------------------------------------------------------------------------------
-# what is measured; each of these runs in a process of its own
-
-
-def matrix_peak(n=1024):
-    """FLOP/s of a float32 product of two n x n matrices: the floor of everything else."""
-    import torch
-
-    a, b = torch.randn(n, n), torch.randn(n, n)
-    out = torch.empty(n, n)
-    # The fastest of some: what the machine can do, not what it did while others used it.
-    seconds = min(timed(lambda: torch.mm(a, b, out=out), 1, 3) for _ in range(8))
-    return {"flops_per_s": 2 * n**3 / seconds}
-
-
-def peer_step(layers, width, vocab_size, gathered, steps):
-    """One pretraining step with transformers' BertForMaskedLM on random ids."""
-    import torch
-    import torch.nn.functional as F
-    from transformers import BertConfig, BertForMaskedLM
-
-    torch.manual_seed(0)
-    model = BertForMaskedLM(BertConfig(
-        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, intermediate_size=4 * width,
-        max_position_embeddings=SEQ_LEN, attn_implementation="sdpa")).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, eps=1e-6, fused=True)
-    tokens = torch.randint(5, vocab_size, (BATCH, SEQ_LEN))
-    tokens[:, 0], tokens[:, -1] = 2, 3
-
-    def step():
-        # What DataCollatorForLanguageModeling does: each token by a coin of its own, 80/10/10.
-        probability = torch.full(tokens.shape, 0.15)
-        probability.masked_fill_(tokens < 5, 0.0)
-        masked = torch.bernoulli(probability).bool()
-        labels = tokens.masked_fill(~masked, -100)
-        show = torch.bernoulli(torch.full(tokens.shape, 0.8)).bool() & masked
-        other = torch.bernoulli(torch.full(tokens.shape, 0.5)).bool() & masked & ~show
-        inputs = tokens.masked_fill(show, 4)
-        inputs = torch.where(other, torch.randint(vocab_size, tokens.shape), inputs)
-        if gathered:
-            hidden = model.bert(inputs).last_hidden_state[masked]
-            loss = F.cross_entropy(model.cls(hidden), labels[masked])
-        else:
-            loss = model(inputs, labels=labels).loss
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    seconds = timed(step, 5, steps)
-    predicted = 0.15 * (SEQ_LEN - 2) if gathered else SEQ_LEN
-    return {"tokens_per_s": BATCH * SEQ_LEN / seconds,
-            "flops_per_step": 3 * BATCH * peer_flops(layers, width, vocab_size, predicted)}
-
-
-def peer_flops(layers, width, vocab_size, predicted):
-    """As model.forward_flops, for a last block that computes every token."""
-    d = width
-    blocks = layers * SEQ_LEN * (24 * d**2 + 4 * SEQ_LEN * d)
-    return blocks + predicted * (2 * d**2 + 2 * d * vocab_size)
-
-
-def rows_like(task, count):
-    """-> [(ids, length of the first sentence)] with sentence lengths like the task's."""
-    import numpy as np
-
-    rng, (mean, deviation) = np.random.default_rng(0), LENGTHS[task]
-    # Lengths are skewed: a lognormal with this mean and deviation.
-    sigma = np.log(1 + (deviation / mean) ** 2) ** 0.5
-    lengths = np.exp(rng.normal(np.log(mean) - sigma**2 / 2, sigma, count))
-    lengths = lengths.round().clip(5, SEQ_LEN).astype(int)
-    return [(rng.integers(5, 8192, n).astype(np.uint16), n) for n in lengths]
-
-
-def tune(task, layers, width, count):
-    """Fine-tuning with glue.py's own loop and recipe: examples/s over one epoch."""
-    import contextlib
-
-    import torch
-
-    import glue
-    from model import Bert, Shape, keep_memory
-
-    keep_memory()  # as glue.py does
-    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 1e-3})
-    rows = rows_like(task, count)
-    labels = [i % 2 for i in range(count)]
-
-    def epoch(n):
-        torch.manual_seed(0)
-        bert = Bert(Shape(8192, layers, width, SEQ_LEN, dropout=a.dropout))
-        began = time.perf_counter()
-        glue.fine_tune(bert, 2, rows[:n], labels[:n], [], a, 0, torch.device("cpu"),
-                       contextlib.nullcontext, lambda *_: None)
-        return time.perf_counter() - began
-
-    epoch(4 * a.batch_size)
-    return {"examples_per_s": count / epoch(count)}
-
-
-def tune_peer(task, layers, width, count, padded):
-    """The same with transformers' BertForSequenceClassification, padded to 128 tokens, the default
-    of its run_glue.py, or to the longest row of the batch. Data are tensors before the clock runs.
-    """
-    import torch
-    from transformers import BertConfig, BertForSequenceClassification
-
-    import glue
-
-    a = SimpleNamespace(**glue.DEFAULTS)
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(BertConfig(
-        vocab_size=8192, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, intermediate_size=4 * width,
-        max_position_embeddings=SEQ_LEN, hidden_dropout_prob=a.dropout,
-        attention_probs_dropout_prob=a.dropout, attn_implementation="sdpa")).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, eps=1e-6, fused=True)
-    rows, batches = rows_like(task, count), []
-    for first in range(0, count, a.batch_size):
-        part = rows[first:first + a.batch_size]
-        ids = torch.zeros(len(part), SEQ_LEN if padded else max(n for _, n in part)).long()
-        attend = torch.zeros_like(ids)
-        for i, (row, n) in enumerate(part):
-            ids[i, :n] = torch.from_numpy(row.astype("int64"))
-            attend[i, :n] = 1
-        batches.append((ids, attend, torch.arange(len(part)) % 2))
-
-    def update(ids, attend, labels):
-        model(ids, attention_mask=attend, labels=labels).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    for batch in batches[:4]:
-        update(*batch)
-    began = time.perf_counter()
-    for batch in batches:
-        update(*batch)
-    return {"examples_per_s": count / (time.perf_counter() - began)}
-
-
-def make_tokenizer(text, path):
-    from data.tokenizer import train_tokenizer
-
-    train_tokenizer(Path(text).read_text().split("\n"), 8192, path)
-    return {}
-
-
-def prepare_text(text, tokenizer):
-    """Pass 2 of data/corpus.py, from a text file to token ids on disk: MB/s."""
-    from data import corpus
-    from data.tokenizer import Tokenizer
-
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
-        corpus.encode_documents([Path(text)], "", Tokenizer(tokenizer), 10**9, None, Path(folder))
-        return {"mb_per_s": os.path.getsize(text) / 1e6 / (time.perf_counter() - began)}
-
-
-def prepare_peer(text, tokenizer):
-    """sentencepiece's own parallel encoder on the same paragraphs, which it holds in memory."""
-    import sentencepiece
-
-    processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    paragraphs = [line for line in Path(text).read_text().split("\n") if line]
-    began = time.perf_counter()
-    processor.encode(paragraphs, num_threads=os.cpu_count())
-    return {"mb_per_s": os.path.getsize(text) / 1e6 / (time.perf_counter() - began)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,11 +124,11 @@ def bench_training(folder, size, vocab_size, a, peers):
     layers, width = SHAPES[size]
     common = ["--corpus", f"{folder}/text.txt", "--cache", f"{folder}/cache", "--size", size,
               "--vocab-size", str(vocab_size), "--eval-every", "0", "--eval-blocks", "16",
-              "--threads", str(a.threads)]
+              "--threads", str(a.threads), "--dtype", a.dtype]
     teacher = f"{folder}/teacher-{size}-{vocab_size}"
     spawn([sys.executable, "train.py", *common, "--masking", "random", "--steps", "1",
            "--out", teacher], a.threads)
-    variants = {"peak": lambda: run_child("matrix_peak", a.threads)}
+    variants = {"peak": lambda: run_child("matrix_peak", a.threads, dtype=a.dtype)}
     for name, flags in ARMS.items():
         flags = [teacher if flag == TEACHER else flag for flag in flags]
         if name != "random":
@@ -329,7 +138,7 @@ def bench_training(folder, size, vocab_size, a, peers):
         name = f"transformers, {'gathered' if gathered else 'as it is'}"
         variants[name] = lambda gathered=gathered: run_child(
             "peer_step", a.threads, layers=layers, width=width, vocab_size=vocab_size,
-            gathered=gathered, steps=a.steps)
+            gathered=gathered, steps=a.steps, dtype=a.dtype)
     results = take_turns(variants, a.rounds)
     peak = [r["flops_per_s"] for r in results.pop("peak")]
     first = results["random"]
@@ -349,7 +158,7 @@ def bench_training(folder, size, vocab_size, a, peers):
 
 def bench_tuning(task, size, a, peers):
     """-> rows of the table: examples/s on rows as long as the task's."""
-    shape = dict(zip(("layers", "width"), SHAPES[size]), task=task, count=a.examples)
+    shape = dict(zip(("layers", "width"), SHAPES[size]), task=task, count=a.examples, dtype=a.dtype)
     variants = {"glue.py": lambda: run_child("tune", a.threads, **shape)}
     for padded in (True, False) if peers else ():
         name = "transformers, padded to " + ("128" if padded else "the batch")
@@ -406,13 +215,16 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--full", action="store_true", help="every shape, not only one")
-    parser.add_argument("--size", choices=SHAPES, default="mini", help="one shape (default mini)")
+    parser.add_argument("--size", choices=SHAPES, help="one shape (default mini)")
+    parser.add_argument("--vocab-size", type=int, metavar="X",
+                        help="pieces, where it trains (default 8192)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
+                        help="of the matrix products, also of transformers' (default float32)")
     parser.add_argument("--only", choices=("training", "tuning", "preparation"),
                         help="one table, not all three")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", action="store_true", help="print tables for a README")
     for name, default, text in (
-            ("vocab-size", 8192, "pieces, where it trains"),
             ("threads", os.cpu_count(), "CPU threads"),
             ("rounds", 3, "how often every variant runs"),
             ("steps", 20, "updates of a training run"),
@@ -423,16 +235,19 @@ def main():
     parser.error = refuse_command
     a = parser.parse_args()
     check_range(vars(a), "threads rounds examples megabytes", lambda v: v > 0, "above 0")
-    check_range(vars(a), "vocab_size", lambda v: 600 <= v <= 65536, "from 600 to 65536")
+    if a.full and (a.size or a.vocab_size):
+        raise UserError("--full is every shape: leave out --size and --vocab-size")
+    sizes = list(SHAPES) if a.full else [a.size or "mini"]
+    vocab_sizes = (8192, 30522) if a.full else (a.vocab_size or 8192,)
+    check_range({"vocab_size": vocab_sizes[0]}, "vocab_size",
+                lambda v: 600 <= v <= 65536, "from 600 to 65536")
     check_range(vars(a), "steps", lambda v: v >= 15, "at least 15, of which 10 are measured")
     peers = importlib.util.find_spec("transformers") is not None
     if not peers:
         print("transformers is not installed: its rows are left out", file=sys.stderr)
 
-    sizes = list(SHAPES) if a.full else [a.size]
-    vocab_sizes = (8192, 30522) if a.full else (a.vocab_size,)
     result = {
-        "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads,
+        "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads, "dtype": a.dtype,
         "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
         "transformers": importlib.metadata.version("transformers") if peers else None,
         "help_seconds": round(bench_help(a), 3)}

@@ -4,6 +4,7 @@ import numpy as np
 
 from model import Shape, forward_flops
 from tests import bench
+from tests import bench_steps as steps
 
 
 def test_an_arm_is_train_py_and_its_flops_are_those_of_the_model(tmp_path):
@@ -14,22 +15,22 @@ def test_an_arm_is_train_py_and_its_flops_are_those_of_the_model(tmp_path):
     random, own = (bench.train_arm(tmp_path, [*flags, "--masking", *masking], 1, 15)
                    for masking in (["random"], ["self", "--init-frac", "0"]))
     shape = Shape(500, 2, 64)
-    step = 3 * forward_flops(shape, bench.SEQ_LEN, 19)
-    assert random["flops_per_step"] == bench.BATCH * step
-    assert own["flops_per_step"] == bench.BATCH * (step + forward_flops(shape, bench.SEQ_LEN, 38))
+    step = 3 * forward_flops(shape, steps.SEQ_LEN, 19)
+    assert random["flops_per_step"] == steps.BATCH * step
+    assert own["flops_per_step"] == steps.BATCH * (step + forward_flops(shape, steps.SEQ_LEN, 38))
     assert min(random["tokens_per_s"], own["tokens_per_s"]) > 100 and own["memory_mb"] > 50
     assert not list(tmp_path.glob("*/run"))  # what was measured is cleared away
 
 
 def test_flops_of_the_peer_are_ours_where_every_token_is_predicted():
     for layers, width in bench.SHAPES.values():
-        expected = forward_flops(Shape(8192, layers, width), bench.SEQ_LEN, bench.SEQ_LEN)
-        assert bench.peer_flops(layers, width, 8192, bench.SEQ_LEN) == expected
+        expected = forward_flops(Shape(8192, layers, width), steps.SEQ_LEN, steps.SEQ_LEN)
+        assert steps.peer_flops(layers, width, 8192, steps.SEQ_LEN) == expected
 
 
 def test_row_lengths_are_those_that_are_claimed():
-    for task, (mean, deviation) in bench.LENGTHS.items():
-        lengths = np.array([n for _, n in bench.rows_like(task, 5000)])
+    for task, (mean, deviation) in steps.LENGTHS.items():
+        lengths = np.array([n for _, n in steps.rows_like(task, 5000)])
         assert abs(lengths.mean() / mean - 1) < 0.03
         assert abs(lengths.std() / deviation - 1) < 0.1
 
@@ -48,5 +49,5 @@ def test_variants_take_turns_and_ratios_are_taken_within_a_round():
 
 
 def test_fine_tuning_and_the_peak_are_measured_at_all():
-    assert bench.tune("CoLA", 1, 64, 64)["examples_per_s"] > 1
-    assert bench.matrix_peak(64)["flops_per_s"] > 1e6
+    assert steps.tune("CoLA", 1, 64, 64)["examples_per_s"] > 1
+    assert steps.matrix_peak(64)["flops_per_s"] > 1e6
