@@ -29,7 +29,6 @@ from data.files import (
     UserError, add_flags, check_range, lock_folder, make_folder, refuse_command, run_script,
     sha256_file,
 )
-from data.metrics import majority, measure
 from data.runs import add_score, read_config, read_log, read_scores, spent_flops
 from data.tasks import TASKS, batches, encode_rows, read_task
 
@@ -121,6 +120,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from data.metrics import majority, measure
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, load, lr_at, make_optimizer, pick_machine, read_model, share_types
