@@ -322,7 +322,7 @@ def pick_machine(device, dtype, threads):
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return device, "bfloat16", "this GPU has it"
     if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
-        return device, "float32", "exact; this CPU is 1.5 times as fast with --dtype bfloat16"
+        return device, "float32", "exact; this CPU is faster with --dtype bfloat16"
     return device, "float32", "exact, and the fast one on most CPUs"
 
 

@@ -69,3 +69,24 @@ $P runs/rate30-40M --tasks SST-2,QQP,MNLI,QNLI,STS-B --freeze
 for r in rate30-5M rate30-40M; do python -m data.reach runs/$r; done    # reach.txt
 python glue.py runs/rate30-5M runs/rate30-20M runs/rate30-40M --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI,STS-B --table --json > curve.json
 python -m data.curve curve.json data/results/instrument/curve-pair.svg
+
+# ---- fourth part, 2026-11-25: bfloat16 on the CPU, a longer curve, a second shape; two runs at a time, one thread each
+B="$M --dtype bfloat16"
+$B --steps 2500 --warmup-frac 0.08 --decay-frac 0.2 --out runs/bf16-5M
+$B --eval-every 1000 --steps 32000 --warmup-frac 0.00625 --decay-frac 0 --out runs/bf16-64M
+$B --eval-every 1000 --steps 40000 --warmup-frac 0.005 --decay-frac 0.2 --begin-from runs/bf16-64M --out runs/bf16-80M
+for lr in 1e-3 2e-3; do    # with torch's fused attention; 3e-3 was run alike
+    $B --size mini --lr $lr --eval-every 100 --steps 400 --warmup-frac 0.375 --decay-frac 0 --out runs/mini-lr-$lr
+done
+S="$B --size mini --lr 1e-3"
+$S --steps 2000 --warmup-frac 0.1 --decay-frac 0 --out runs/mini-4M
+$S --steps 8000 --warmup-frac 0.025 --decay-frac 0 --begin-from runs/mini-4M --out runs/mini-16M
+$S --steps 12000 --warmup-frac 0.0166667 --decay-frac 0 --begin-from runs/mini-16M --out runs/mini-24M
+$S --steps 15000 --warmup-frac 0.0133333 --decay-frac 0.2 --begin-from runs/mini-24M --out runs/mini-30M
+# scores-bf16.json
+P="$P --dtype bfloat16 --tasks SST-2,QQP,MNLI,QNLI,STS-B"
+$P runs/bf16-80M --seeds 3
+$P runs/bf16-80M --seeds 2 --lr 2e-3    # the second seed of random weights was stopped before QNLI
+$P runs/mini-30M --lr 1e-3
+$P runs/mini-30M --lr 3e-4
+python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 --max-train 2000 --tasks SST-2,QNLI runs/mini-16M --lr 1e-3    # and 3e-4
