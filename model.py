@@ -321,7 +321,7 @@ def pick_machine(device, dtype, threads):
         return device, dtype, "as asked"
     if device.type == "cuda" and torch.cuda.is_bf16_supported():
         return device, "bfloat16", "this GPU has it"
-    if device.type == "cpu" and torch.cpu._is_avx512_bf16_supported():
+    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
         return device, "float32", "exact; this CPU is faster with --dtype bfloat16"
     return device, "float32", "exact, and the fast one on most CPUs"
 
