@@ -38,7 +38,7 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak learning rate (default 1e-3; with --freeze 3e-3)"),
+    ("lr", -1.0, "peak learning rate (default 1e-3; with --freeze 3e-3); 3e-4 from --size mini on"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),

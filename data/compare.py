@@ -312,7 +312,8 @@ def make_table(runs, floors, recipe, baseline, tokens):
 
 def validity(runs, row, floor, example):
     """Why a comparison with this random arm does not count yet (method: a random arm on the
-    plateau, or no better than random weights, would fake any gain). -> notes"""
+    plateau, or no better than random weights, would fake any gain; so would random weights that
+    the recipe cannot train). -> notes"""
     reasons = []
     margin = min(run.margin for run in runs)
     if margin < 0.5:
@@ -324,8 +325,11 @@ def validity(runs, row, floor, example):
             reasons.append(f"{task} is not scored")
             continue
         p1, p0 = (r["parts"][task][part]["mean"] / 100 for r in (row, floor))
-        # Two binomial standard errors of a difference on this many development rows.
-        error = 2 * math.sqrt((p1 * (1 - p1) + p0 * (1 - p0)) / example[task]["rows"][1])
+        constant, count = example[task]["majority"][part] / 100, example[task]["rows"][1]
+        # Two binomial standard errors: of one share, and of a difference of two.
+        if p0 - constant <= 2 * math.sqrt(p0 * (1 - p0) / count):
+            reasons.append(f"random weights do not learn {task} by this recipe (a lower --lr?)")
+        error = 2 * math.sqrt((p1 * (1 - p1) + p0 * (1 - p0)) / count)
         if p1 - p0 <= error:
             reasons.append(f"{task} {100 * (p1 - p0):+.1f} against random weights, within two "
                            f"standard errors ({100 * error:.1f})")

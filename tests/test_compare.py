@@ -108,8 +108,16 @@ def test_a_random_arm_that_is_no_better_than_its_floor_is_not_a_baseline():
     assert "QQP +0.5" in note and "0.7" in note
     for run in runs:
         run.margin = 0.3
-    table, = C.make_tables(runs, floor_of(30.0))
+    table, = C.make_tables(runs, floor_of(46.0))
     assert any("0.30 nats below" in n and "SST-2" not in n for n in table["notes"])
+
+
+def test_random_weights_that_a_recipe_cannot_train_are_no_floor():
+    runs = [fake_run(0, {task: 60.0 for task in G.TASKS}, name) for name in ("random", "self")]
+    table, = C.make_tables(runs, floor_of(43.0))  # the majority class has 40
+    note, = [n for n in table["notes"] if "NO COMPARISON" in n]
+    # SST-2: two errors of a share are 2 sqrt(0.43 * 0.57 / 872) = 3.35 points; QNLI has more rows
+    assert "random weights do not learn SST-2" in note and "QNLI" not in note
 
 
 def test_what_cannot_be_compared_stands_apart():
