@@ -235,10 +235,10 @@ def main():
     parser.error = refuse_command
     a = parser.parse_args()
     check_range(vars(a), "threads rounds examples megabytes", lambda v: v > 0, "above 0")
-    if a.full and (a.size or a.vocab_size):
+    if a.full and (a.size or a.vocab_size is not None):
         raise UserError("--full is every shape: leave out --size and --vocab-size")
     sizes = list(SHAPES) if a.full else [a.size or "mini"]
-    vocab_sizes = (8192, 30522) if a.full else (a.vocab_size or 8192,)
+    vocab_sizes = (8192, 30522) if a.full else (8192 if a.vocab_size is None else a.vocab_size,)
     check_range({"vocab_size": vocab_sizes[0]}, "vocab_size",
                 lambda v: 600 <= v <= 65536, "from 600 to 65536")
     check_range(vars(a), "steps", lambda v: v >= 15, "at least 15, of which 10 are measured")

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.files import UserError
-from model import SIZES, Bert, Dropout, Shape, copy_weights, forward_flops
+from model import SIZES, Bert, Dropout, Shape, copy_weights, forward_flops, pick_machine
 
 V = 300
 
@@ -250,18 +250,33 @@ class OnGpu(torch.Tensor):
     is_cuda = True
 
 
-def test_attention_written_out_is_sdpa():
-    """CPUs take the one, GPUs the other: they must be one function."""
+def test_attention_written_out_is_sdpa(monkeypatch):
+    """CPUs take the one, GPUs the other: they must be one function, without dropout in eval."""
     torch.manual_seed(0)
-    shape = Shape(99, 2, 128, 32, init_std=0.3, dropout=0.0)
-    model = Bert(shape).double()
+    model = Bert(Shape(99, 2, 128, 32, init_std=0.3, dropout=0.2)).double().eval()
     attention, x = model.blocks[0].attention, torch.randn(3, 32, 128).double()
     attend = (torch.arange(32) < torch.tensor([[32], [20], [9]]))[:, None, None, :]
     positions = torch.tensor([[1, 5, 8]] * 3)
-    rotary = (model.cos, model.sin)
+    rotary, sdpa, rates = (model.cos, model.sin), F.scaled_dot_product_attention, []
+
+    def watched(*args, dropout_p, **kwargs):
+        rates.append(dropout_p)
+        return sdpa(*args, dropout_p=dropout_p, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
     for where, query in ((None, x), (positions, x[:, [1, 5, 8]])):
         for mask in (None, attend):
             ours = attention(x, query, where, rotary, mask)
-            sdpa = attention(x.as_subclass(OnGpu), query, where, rotary, mask)
-            assert type(sdpa) is OnGpu
-            torch.testing.assert_close(ours, sdpa.as_subclass(torch.Tensor), rtol=0, atol=1e-10)
+            theirs = attention(x.as_subclass(OnGpu), query, where, rotary, mask)
+            torch.testing.assert_close(ours, theirs.as_subclass(torch.Tensor), rtol=0, atol=1e-10)
+    assert rates == [0.0] * 4  # the written-out form does not call it
+    attention.train()(x.as_subclass(OnGpu), x, None, rotary, None)
+    assert rates[4:] == [0.2]
+
+
+def test_a_cpu_keeps_float32_and_says_when_it_has_bfloat16(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+        _, dtype, why = pick_machine("cpu", "auto", 0)
+        assert dtype == "float32" and ("bfloat16" in why) == has
+    assert pick_machine("cpu", "bfloat16", 0)[1] == "bfloat16"
