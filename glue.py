@@ -38,7 +38,7 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak learning rate (default 1e-3; with --freeze 3e-3); 3e-4 from --size mini on"),
+    ("lr", -1.0, "peak learning rate (default 1e-3, from width 256 on 3e-4; with --freeze 3e-3)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
@@ -87,12 +87,13 @@ def parse_flags():
     given = vars(parser.parse_args())
     a = argparse.Namespace(**{**DEFAULTS, "runs": [], **given})
     if a.lr == -1:
-        a.lr = 3e-3 if a.freeze else 1e-3
+        a.lr = 3e-3 if a.freeze else None  # None: by the model's width, in recipe_of
     if a.epochs == -1:
         a.epochs = 10 if a.freeze else 3
 
     flags = vars(a)
-    check_range(flags, "epochs batch_size lr clip seeds", lambda v: 0 < v < math.inf, "above 0")
+    check_range(flags, "epochs batch_size clip seeds", lambda v: 0 < v < math.inf, "above 0")
+    check_range(flags, "lr", lambda v: v is None or 0 < v < math.inf, "above 0")
     check_range(flags, "weight_decay max_train threads", lambda v: 0 <= v < math.inf, "0 or more")
     check_range(flags, "warmup_frac dropout", lambda v: 0 <= v < 1, "from 0 to below 1")
     check_range(flags, "max_len", lambda v: v >= 16, "at least 16")
@@ -308,9 +309,14 @@ def stream_of(seed, fine_tuning_seed, task):
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
+def recipe_of(subject, a):
+    """The recipe for a subject: at 1e-3 the random weights of 4 layers of 256 learn nothing."""
+    by_width = 1e-3 if subject.shape.width < 256 else 3e-4
+    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": a.lr or by_width}
+
+
 def main():
     a, given = COMMAND
-    recipe = {name: getattr(a, name) for name in RECIPE_NAMES}
     runs = []
     for path in a.runs:
         try:
@@ -331,10 +337,11 @@ def main():
         locks = [lock_folder(run.folder) for run in runs]
         for run in runs:
             read_scores(run.folder, run.model)  # so is a damaged file
-        rows = work(a, recipe, subjects)
+        rows = work(a, subjects)
         for lock in locks:
             lock.close()
     for subject in subjects:
+        recipe = recipe_of(subject, a)
         wanted = set(RECIPE_NAMES) & given if a.table else RECIPE_NAMES
         subject.entries = [
             e for e in read_scores(subject.folder, subject.model) if e["task"] in a.tasks
@@ -346,7 +353,7 @@ def main():
     print(json.dumps(tables, indent=1) if a.json else show_tables(tables, a.markdown, a.parts))
 
 
-def work(a, recipe, subjects):
+def work(a, subjects):
     """Compute every score that is not there yet."""
     device, dtype, why = pick_machine(a.device, a.dtype, a.threads)
     out = sys.stderr if a.json or a.markdown else sys.stdout  # what others read is tables alone
@@ -385,8 +392,8 @@ def work(a, recipe, subjects):
         return 6 * encoder * tokens + 30 * updates * (encoder + subject.shape.vocab_size * d)
 
     def is_done(subject, task, seed):
-        return any(e["task"] == task and e["seed"] == seed and e["recipe"] == recipe
-                   and e["data"] == tasks[task].sha256
+        return any(e["task"] == task and e["seed"] == seed and e["data"] == tasks[task].sha256
+                   and e["recipe"] == recipe_of(subject, a)
                    for e in read_scores(subject.folder, subject.model))
 
     items = []
@@ -415,9 +422,10 @@ def work(a, recipe, subjects):
             bar.set_description_str(f"{subject.path} {name}", refresh=False)
             data, task, began = tasks[name], TASKS[name], time.perf_counter()
             labels = [data.train.labels[i] for i in data.keep]
+            recipe = recipe_of(subject, a)
             outputs = fine_tune(
-                build(subject, a.dropout), task.outputs, train, labels, devs, a,
-                stream_of(subject.seed, seed, name), device, amp,
+                build(subject, a.dropout), task.outputs, train, labels, devs,
+                SimpleNamespace(**recipe), stream_of(subject.seed, seed, name), device, amp,
                 lambda rows, updates=0: bar.update(cost(subject, rows, updates)))
             if outputs is None:
                 bar.close()

@@ -300,6 +300,21 @@ def test_streams_differ_by_seed_and_task():
     assert len(streams) == 5 * 5 * 9
 
 
+@pytest.mark.parametrize("flags, rates", [
+    ([], {64: 1e-3, 128: 1e-3, 256: 3e-4, 512: 3e-4}),
+    (["--lr", "2e-3"], {128: 2e-3, 256: 2e-3}),
+    (["--freeze"], {128: 3e-3, 256: 3e-3})])
+def test_the_default_rate_follows_the_width(flags, rates, folder, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", [str(x) for x in command(folder, *flags)])
+    a, _ = glue.parse_flags()
+    recipes = {w: glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, w)), a) for w in rates}
+    assert {w: recipe["lr"] for w, recipe in recipes.items()} == rates
+    assert all(list(recipe) == glue.RECIPE_NAMES for recipe in recipes.values())
+    # What is kept beside a score is what it was made with.
+    call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self"]), monkeypatch)
+    assert [e["recipe"]["lr"] for e in scores(folder / "self")] == [min(rates.items())[1]]
+
+
 # --------------------------------------------------------------------------------------------------
 # faults and mistakes
 
