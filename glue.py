@@ -44,7 +44,7 @@ RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
     ("clip", 1.0, "largest norm of the gradient"),
     ("max-len", 128, "tokens in a row; the longer sentence of a pair is cut first"),
-    ("max-train", 0, "only so many training rows a task, always the same; 0: all"),
+    ("max-train", 20_000, "only so many training rows a task, always the same; 0: all"),
     ("pool-output", "pair", "sentence vector: the mean over the tokens of each sentence and their "
      "difference; mean, over all tokens; cls, that of [CLS]", ("pair", "mean", "cls")),
     ("freeze", False, "keep the encoder as it is and train the last layer alone"),

@@ -90,6 +90,10 @@ $P runs/bf16-80M --seeds 2 --lr 2e-3    # the second seed of random weights was 
 $P runs/mini-30M --lr 1e-3
 $P runs/mini-30M --lr 3e-4
 python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 --max-train 2000 --tasks SST-2,QNLI runs/mini-16M --lr 1e-3    # and 3e-4
+# 20 000 rows: scores-rows.json. heads.jsonl: the head that compares word by word needs  git apply data/results/instrument/align.patch
+G="python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16"
+$G runs/bf16-80M --max-train 20000 --tasks SST-2,QQP,MNLI,QNLI
+$G runs/bf16-80M --max-train 5000 --tasks QQP,MNLI,QNLI --pool-output align
 # curve-pair.svg as it is now: the means of the README's table, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
