@@ -90,7 +90,7 @@ FLAGS = {
         ("flops-of", "", "train for the FLOPs that this finished run spent, instead of --steps"),
         ("batch-size", 16, "blocks in an update: part of the method"),
         ("micro-batch", 0, "blocks in a forward: only memory; divides the batch; 0: all"),
-        ("lr", 3e-3, "peak learning rate"),
+        ("lr", -1.0, "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
         ("warmup-frac", 0.05, "share of the run over which the rate rises"),
         ("decay-frac", 1.0, "share of the run, its end, over which the rate falls to 0; 1: from "
          "the warm-up on; 0: it never falls"),
@@ -124,7 +124,7 @@ PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
     "laptop-long": LONG,  # two hours for --masking random
     "gpu": LONG | dict(  # a night on one GPU; some 20 epochs, so with dropout
-        size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256, lr=1e-3,
+        size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
         steps=80_000, compile=True),
     "paper": dict(  # the paper's public model cards, read literally
         corpus="bookcorpus", size="small", vocab_size=30522, seq_len=512, positions="learned",

@@ -326,6 +326,15 @@ def test_right_flags(flags, teacher):
     check_flags({**train.DEFAULTS, **flags}, set(flags))
 
 
+@pytest.mark.parametrize("flags, lr", [
+    ({}, 3e-3), ({"size": "mini"}, 1e-3), ({"size": "base", "width": 192}, 3e-3),
+    ({"width": 256}, 1e-3), ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
+def test_the_default_rate_follows_the_width(flags, lr):
+    settled = {**train.DEFAULTS, "masking": "random", **flags}
+    check_flags(settled, set(flags))
+    assert settled["lr"] == lr
+
+
 def test_run_folders_are_never_overwritten(folder, teacher, tmp_path, monkeypatch, capsys):
     before = {p.name: p.read_bytes() for p in teacher.iterdir()}
     again = command(folder, "teacher")
