@@ -122,7 +122,7 @@ LONG = dict(  # why these: README, "Does pretraining pay yet?"
     warmup_frac=1 / 160, decay_frac=1 / 8, eval_every=1000, checkpoint_every=1000)
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
-    "laptop-long": LONG,  # 84 minutes for --masking random where the cores have bfloat16
+    "laptop-long": LONG,  # --masking random: 95 minutes where two cores have bfloat16
     "gpu": LONG | dict(  # a night on one GPU; some 20 epochs, so with dropout
         size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
         steps=80_000, compile=True),
