@@ -342,7 +342,8 @@ def main():
             lock.close()
     for subject in subjects:
         recipe = recipe_of(subject, a)
-        wanted = set(RECIPE_NAMES) & given if a.table else RECIPE_NAMES
+        wanted = set(RECIPE_NAMES) & given if a.table else set(RECIPE_NAMES)
+        wanted -= {"lr"} if subject.is_floor else set()  # their best rate is what has to be passed
         subject.entries = [
             e for e in read_scores(subject.folder, subject.model) if e["task"] in a.tasks
             and (a.table or e["data"] == rows[e["task"]])

@@ -120,6 +120,30 @@ def test_random_weights_that_a_recipe_cannot_train_are_no_floor():
     assert "random weights do not learn SST-2" in note and "QNLI" not in note
 
 
+def test_random_weights_count_at_the_rate_that_serves_them_best():
+    runs = [fake_run(0, {task: 60.0 for task in G.TASKS})]
+    runs[0].entries = [entry(task, 0, 60.0, {"lr": 3, "epochs": 3}) for task in G.TASKS]
+    floors = floor_of(0)
+    floor, = floors[Shape(600), "t"]
+
+    def notes(*others):
+        floor.entries = [entry(task, 0, 50.0, {"lr": 3, "epochs": 3}) for task in G.TASKS]
+        floor.entries += others
+        table, = C.make_tables(runs, floors)
+        assert table["floors"][1]["tasks"]["SST-2"]["mean"] == 50  # the table is of one recipe
+        return " ".join(table["notes"])
+
+    assert "it can be compared with" in notes()
+    assert "it can be compared with" in notes(entry("SST-2", 0, 45.0, {"lr": 1, "epochs": 3}))
+    found = notes(entry("SST-2", 0, 58.0, {"lr": 1, "epochs": 3}),
+                  entry("SST-2", 1, 60.0, {"lr": 1, "epochs": 3}))  # 59, the mean of both
+    assert "SST-2 +1.0 against random weights at their better --lr 1, within" in found
+    # More epochs are another recipe, other rows another experiment.
+    assert "it can be compared with" in notes(entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 9}))
+    assert "it can be compared with" in notes(
+        entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 3}, data="other"))
+
+
 def test_what_cannot_be_compared_stands_apart():
     scores = {"RTE": 60.0}
     runs = [fake_run(0, scores), fake_run(0, scores, "self"), fake_run(0, scores, tokens=2000),
