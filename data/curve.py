@@ -63,6 +63,14 @@ def draw(arms, floors, label):
         return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
                 f'{escape(words)}</text>')
 
+    taken = []  # labels on the right that would lie on one another move apart
+
+    def label_right(height, words, colour):
+        while any(abs(height - other) < 15 for other in taken):
+            height -= 15
+        taken.append(height)
+        return text(WIDTH - RIGHT + 8, height, words, colour=colour)
+
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
            f'font-family="sans-serif" font-size="13">',
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
@@ -80,19 +88,14 @@ def draw(arms, floors, label):
             height = at(tokens[0], y)[1]
             out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" '
                        f'y2="{height:.1f}" stroke="#888" stroke-dasharray="6 4"/>')
-            out.append(text(WIDTH - RIGHT + 8, height + 4, f"{name} {y:.1f}", colour="#666"))
-    taken = []  # labels that would lie on one another move apart
+            out.append(label_right(height + 4, f"{name} {y:.1f}", "#666"))
     for i, (name, points) in enumerate(arms.items()):
         colour = COLOURS[i % len(COLOURS)]
         places = [at(x, y) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
-        height = places[-1][1] + 4
-        while any(abs(height - other) < 15 for other in taken):
-            height -= 15
-        taken.append(height)
-        out.append(text(WIDTH - RIGHT + 8, height, f"{name} {points[-1][1]:.1f}", colour=colour))
+        out.append(label_right(places[-1][1] + 4, f"{name} {points[-1][1]:.1f}", colour))
     return "\n".join([*out, "</svg>\n"])
 
 

@@ -221,3 +221,11 @@ def test_the_curve_has_a_point_per_arm_and_token_count(tmp_path):
     with pytest.raises(UserError, match="recipe"):
         curve.read_points([*tables, {**tables[0], "recipe": {"lr": 2}}], "primary")
     assert curve.ticks(0.12, 0.71) == pytest.approx([i / 10 for i in range(1, 9)])
+
+
+def test_labels_of_the_curve_do_not_lie_on_one_another():
+    picture = ElementTree.fromstring(curve.draw(
+        {"a": [(5e6, 70.0)], "b": [(6e6, 70.1)]}, {"random": 68.0, "other": 68.1}, ""))
+    heights = sorted(float(e.get("y")) for e in picture.iter() if e.text in (
+        "a 70.0", "b 70.1", "random 68.0", "other 68.1"))
+    assert len(heights) == 4 and min(b - a for a, b in zip(heights, heights[1:])) >= 15
