@@ -38,7 +38,7 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak learning rate (default 1e-3, from width 256 on 3e-4; with --freeze 3e-3)"),
+    ("lr", -1.0, "peak rate (1e-3, from width 256 on 3e-4; random weights half; --freeze 3e-3)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
@@ -310,9 +310,9 @@ def stream_of(seed, fine_tuning_seed, task):
 
 
 def recipe_of(subject, a):
-    """The recipe for a subject: at 1e-3 the random weights of 4 layers of 256 learn nothing."""
-    by_width = 1e-3 if subject.shape.width < 256 else 3e-4
-    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": a.lr or by_width}
+    """Unasked, random weights get half the rate: README, "Random weights need their own rate"."""
+    lr = a.lr or (1e-3 if subject.shape.width < 256 else 3e-4) / (2 if subject.is_floor else 1)
+    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr}
 
 
 def main():
@@ -342,8 +342,8 @@ def main():
             lock.close()
     for subject in subjects:
         recipe = recipe_of(subject, a)
-        wanted = set(RECIPE_NAMES) & given if a.table else set(RECIPE_NAMES)
-        wanted -= {"lr"} if subject.is_floor else set()  # their best rate is what has to be passed
+        wanted = given.intersection(RECIPE_NAMES) if a.table else set(RECIPE_NAMES)
+        wanted -= {"lr" if subject.is_floor else ""}  # their best rate is what has to be passed
         subject.entries = [
             e for e in read_scores(subject.folder, subject.model) if e["task"] in a.tasks
             and (a.table or e["data"] == rows[e["task"]])

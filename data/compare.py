@@ -224,12 +224,9 @@ def make_tables(runs, floors, baseline=()):
 def make_table(runs, floors, recipe, baseline, tokens):
     def select(subjects, data=None):
         """Copies of the subjects with the entries of this recipe (and these rows) alone."""
-        chosen = []
-        for s in subjects:
-            entries = [e for e in s.entries if repr(e["recipe"]) == recipe
-                       and (data is None or e["data"] == data.get(e["task"]))]
-            chosen.append(type(s)(**{**vars(s), "entries": entries}))
-        return chosen
+        return [with_entries(s, [e for e in s.entries if repr(e["recipe"]) == recipe
+                                 and (data is None or e["data"] == data.get(e["task"]))])
+                for s in subjects]
 
     notes = []
     runs = select(runs)
@@ -241,8 +238,8 @@ def make_table(runs, floors, recipe, baseline, tokens):
                                            ).most_common()
         if others:
             notes.append(f"{task}: scores on other rows are left out")
-    best = at_best_rate(floors, seen[0]["recipe"], data)
-    runs, floors = select(runs, data), select(floors, data)
+    runs = select(runs, data)
+    floors, rates = at_best_rate(floors, seen[0]["recipe"], data)
     example = {e["task"]: e for run in runs for e in run.entries}
     seeds = {task: set.intersection(*filter(None, (
         {e["seed"] for e in run.entries if e["task"] == task} for run in runs))) for task in tasks}
@@ -295,8 +292,11 @@ def make_table(runs, floors, recipe, baseline, tokens):
             counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
             counts[0] = f"{e['trained_on']} of {e['official'][0]}"
             notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
+    others = [f"{task} {lr:g}" for task, lr in rates.items() if lr != seen[0]["recipe"]["lr"]]
+    if others:
+        notes.append(f"random weights at the --lr that serves them best: {', '.join(others)}")
     if plainest is not None:
-        notes += validity(arms[plainest], rows[plainest], best, seen[0]['recipe'], example)
+        notes += validity(arms[plainest], rows[plainest], floor, example)
     elif reference is None:
         notes.append("no random arm to compare with: add one, or name another with --baseline")
     run = runs[0]
@@ -311,47 +311,49 @@ def make_table(runs, floors, recipe, baseline, tokens):
     }
 
 
-def primary_part(task):
-    """The figure of a task that the primary endpoint averages."""
-    return "matched" if task == "MNLI" else "accuracy"
+def with_entries(subject, entries):
+    return type(subject)(**{**vars(subject), "entries": entries})
 
 
 def at_best_rate(floors, recipe, data):
-    """-> {task of the primary endpoint: (mean over all seeds, --lr)} of random weights, at the rate
-    that serves them best of those scored by this recipe. A rate that is too high for random weights
-    alone would look like a gain of pretraining (README, "Random weights need their own rate")."""
+    """Random weights at the rate that serves them best, of those scored by this recipe on these
+    rows. A rate that is too high for random weights alone would look like a gain of pretraining
+    (README, "Random weights need their own rate"). -> copies with these entries, {task: --lr}"""
+    def counts(e):
+        return e["data"] == data.get(e["task"]) and {**e["recipe"], "lr": recipe["lr"]} == recipe
+
     found = {}
-    for e in (e for floor in floors for e in floor.entries if e["task"] in PRIMARY):
-        if e["data"] == data.get(e["task"]) and {**e["recipe"], "lr": recipe["lr"]} == recipe:
-            rates = found.setdefault(e["task"], {})
-            rates.setdefault(e["recipe"]["lr"], []).append(e["parts"][primary_part(e["task"])])
-    return {task: max((statistics.fmean(values), lr) for lr, values in rates.items())
+    for e in (e for floor in floors for e in floor.entries if counts(e)):
+        found.setdefault(e["task"], {}).setdefault(e["recipe"]["lr"], []).append(e["score"])
+    best = {task: max(rates, key=lambda lr: statistics.fmean(rates[lr]))
             for task, rates in found.items()}
+    return [with_entries(f, [e for e in f.entries
+                             if counts(e) and e["recipe"]["lr"] == best[e["task"]]])
+            for f in floors], best
 
 
-def validity(runs, row, best, recipe, example):
+def validity(runs, row, floor, example):
     """Why a comparison with this random arm does not count yet (method: a random arm on the
     plateau, or no better than random weights, would fake any gain; so would random weights that
-    the recipe cannot train). best: what at_best_rate returns. -> notes"""
+    the recipe cannot train). -> notes"""
     reasons = []
     margin = min(run.margin for run in runs)
     if margin < 0.5:
         reasons.append(f"its held-out loss is {margin:.2f} nats below the unigram entropy, less "
                        "than 0.5")
     for task in PRIMARY:
-        if task not in row["parts"] or task not in best:
+        part = "matched" if task == "MNLI" else "accuracy"
+        if task not in row["parts"] or task not in floor["parts"]:
             reasons.append(f"{task} is not scored")
             continue
-        part, (p0, lr) = primary_part(task), best[task]
-        p1, p0 = row["parts"][task][part]["mean"] / 100, p0 / 100
+        p1, p0 = (r["parts"][task][part]["mean"] / 100 for r in (row, floor))
         constant, count = example[task]["majority"][part] / 100, example[task]["rows"][1]
         # Two binomial standard errors: of one share, and of a difference of two.
         if p0 - constant <= 2 * math.sqrt(p0 * (1 - p0) / count):
             reasons.append(f"random weights do not learn {task} by this recipe (a lower --lr?)")
         error = 2 * math.sqrt((p1 * (1 - p1) + p0 * (1 - p0)) / count)
         if p1 - p0 <= error:
-            at = f" at their better --lr {lr:g}" if lr != recipe["lr"] else ""
-            reasons.append(f"{task} {100 * (p1 - p0):+.1f} against random weights{at}, within two "
+            reasons.append(f"{task} {100 * (p1 - p0):+.1f} against random weights, within two "
                            f"standard errors ({100 * error:.1f})")
     if not reasons:
         return ["the random arm clears the plateau and the random-weights floor: it can be "

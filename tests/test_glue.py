@@ -307,12 +307,16 @@ def test_streams_differ_by_seed_and_task():
 def test_the_default_rate_follows_the_width(flags, rates, folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(x) for x in command(folder, *flags)])
     a, _ = glue.parse_flags()
-    recipes = {w: glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, w)), a) for w in rates}
+    recipes = {w: glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, w), is_floor=False), a)
+               for w in rates}
     assert {w: recipe["lr"] for w, recipe in recipes.items()} == rates
     assert all(list(recipe) == glue.RECIPE_NAMES for recipe in recipes.values())
     # What is kept beside a score is what it was made with.
     call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self"]), monkeypatch)
     assert [e["recipe"]["lr"] for e in scores(folder / "self")] == [min(rates.items())[1]]
+    # Random weights need half of a rate that was not asked for.
+    floor = glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, 256), is_floor=True), a)
+    assert floor["lr"] == (rates[256] if flags else 1.5e-4)
 
 
 # --------------------------------------------------------------------------------------------------
