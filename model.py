@@ -35,9 +35,10 @@ from data.export import export
 from data.files import UserError, load_tensors, read_json, refuse_command, run_script
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 
-# The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width. A head is always 64 wide.
-SIZES = {"tiny": (2, 128), "mini": (4, 256), "small": (4, 512), "medium": (8, 512),
-         "base": (12, 768)}
+# The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width; wide has no name there. A head is
+# always 64 wide.
+SIZES = {"tiny": (2, 128), "wide": (2, 256), "mini": (4, 256), "small": (4, 512),
+         "medium": (8, 512), "base": (12, 768)}
 HEAD_WIDTH = 64
 MAX_SEQ_LEN = 1 << 16  # in a file; no weight shows that of rotary positions
 
