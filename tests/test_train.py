@@ -328,7 +328,8 @@ def test_right_flags(flags, teacher):
 
 @pytest.mark.parametrize("flags, lr", [
     ({}, 3e-3), ({"size": "mini"}, 1e-3), ({"size": "wide"}, 1e-3),
-    ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3), ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
+    ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3),
+    ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
     settled = {**train.DEFAULTS, "masking": "random", **flags}
     check_flags(settled, set(flags))
