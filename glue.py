@@ -8,7 +8,7 @@
 A score is a function of the run, the recipe, the rows and the fine-tuning seed, and is kept in the
 run's glue.json as soon as it is there: a job that was killed continues where it was, and nothing is
 computed twice. Every table has two floors on the same rows: the majority class, and the same model
-with random weights, fine-tuned alike. Scores follow Wang et al. 2018 (GLUE, arXiv 1804.07461).
+with random weights, at their own rate. Scores follow Wang et al. 2018 (GLUE, arXiv 1804.07461).
 """
 
 import argparse
