@@ -239,7 +239,7 @@ def make_table(runs, floors, recipe, baseline, tokens):
         if others:
             notes.append(f"{task}: scores on other rows are left out")
     runs = select(runs, data)
-    floors, rates = at_best_rate(floors, seen[0]["recipe"], data)
+    floors, tried = at_best_rate(floors, seen[0]["recipe"], data)
     example = {e["task"]: e for run in runs for e in run.entries}
     seeds = {task: set.intersection(*filter(None, (
         {e["seed"] for e in run.entries if e["task"] == task} for run in runs))) for task in tasks}
@@ -292,9 +292,12 @@ def make_table(runs, floors, recipe, baseline, tokens):
             counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
             counts[0] = f"{e['trained_on']} of {e['official'][0]}"
             notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
-    others = [f"{task} {lr:g}" for task, lr in rates.items() if lr != seen[0]["recipe"]["lr"]]
-    if others:
-        notes.append(f"random weights at the --lr that serves them best: {', '.join(others)}")
+    if len(tried) > 1 or not tried & {seen[0]["recipe"].get("lr")}:
+        used = {f"{e['task']} {e['recipe'].get('lr')}" for f in floors for e in f.entries}
+        if used:
+            notes.append(f"random weights at their best --lr: {', '.join(sorted(used))}")
+    elif not seen[0]["recipe"].get("freeze"):
+        notes.append("random weights were scored at the --lr of the runs alone: a lower may suit")
     if plainest is not None:
         notes += validity(arms[plainest], rows[plainest], floor, example)
     elif reference is None:
@@ -316,20 +319,21 @@ def with_entries(subject, entries):
 
 
 def at_best_rate(floors, recipe, data):
-    """Random weights at the rate that serves them best, of those scored by this recipe on these
-    rows. A rate that is too high for random weights alone would look like a gain of pretraining
-    (README, "Random weights need their own rate"). -> copies with these entries, {task: --lr}"""
-    def counts(e):
-        return e["data"] == data.get(e["task"]) and {**e["recipe"], "lr": recipe["lr"]} == recipe
-
-    found = {}
-    for e in (e for floor in floors for e in floor.entries if counts(e)):
-        found.setdefault(e["task"], {}).setdefault(e["recipe"]["lr"], []).append(e["score"])
-    best = {task: max(rates, key=lambda lr: statistics.fmean(rates[lr]))
-            for task, rates in found.items()}
-    return [with_entries(f, [e for e in f.entries
-                             if counts(e) and e["recipe"]["lr"] == best[e["task"]]])
-            for f in floors], best
+    """Random weights, each task and seed at the rate that serves it best, of those scored by this
+    recipe on these rows. A rate that is too high for random weights alone would look like a gain of
+    pretraining (README, "Random weights need their own rate"). -> copies with these entries, the
+    rates that were tried"""
+    chosen, tried = [], set()
+    for floor in floors:
+        best = {}
+        for e in floor.entries:
+            if e["data"] != data.get(e["task"]) or {**e["recipe"], "lr": 0} != {**recipe, "lr": 0}:
+                continue
+            tried.add(e["recipe"].get("lr"))
+            key = e["task"], e["seed"]
+            best[key] = max(best.get(key, e), e, key=lambda entry: entry["score"])
+        chosen.append(with_entries(floor, list(best.values())))
+    return chosen, tried
 
 
 def validity(runs, row, floor, example):

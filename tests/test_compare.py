@@ -134,11 +134,15 @@ def test_random_weights_count_at_the_rate_that_serves_them_best():
         return table["floors"][1]["tasks"]["SST-2"]["mean"], " ".join(table["notes"])
 
     score, notes = sst2(entry("SST-2", 0, 45.0, {"lr": 1, "epochs": 3}))
-    assert score == 50 and "it can be compared with" in notes and "serves" not in notes
+    assert score == 50 and "it can be compared with" in notes and "SST-2 3" in notes
     score, notes = sst2(entry("SST-2", 0, 58.0, {"lr": 1, "epochs": 3}),
                         entry("SST-2", 1, 60.0, {"lr": 1, "epochs": 3}))
-    assert score == 59 and "the --lr that serves them best: SST-2 1" in notes
+    assert score == 59 and "SST-2 1, STS-B 3" in notes
     assert "SST-2 +1.0 against random weights, within" in notes
+    # A rate with fewer seeds takes none away: seed 0 at its best, and seed 1.
+    assert sst2(entry("SST-2", 1, 60.0, {"lr": 3, "epochs": 3}),
+                entry("SST-2", 0, 58.0, {"lr": 1, "epochs": 3}))[0] == 59
+    assert "at the --lr of the runs alone" in sst2()[1]
     # More epochs are another recipe, other rows another experiment.
     assert sst2(entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 9}))[0] == 50
     assert sst2(entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 3}, data="other"))[0] == 50
