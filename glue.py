@@ -310,7 +310,7 @@ def stream_of(seed, fine_tuning_seed, task):
 
 
 def recipe_of(subject, a):
-    """Unasked, random weights get half the rate: README, "Random weights need their own rate"."""
+    """Unasked, random weights get half the rate: README, "The fine-tuning recipe"."""
     lr = a.lr or (1e-3 if subject.shape.width < 256 else 3e-4) / (2 if subject.is_floor else 1)
     return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr}
 

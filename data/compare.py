@@ -321,7 +321,7 @@ def with_entries(subject, entries):
 def at_best_rate(floors, recipe, data):
     """Random weights, each task and seed at the rate that serves it best, of those scored by this
     recipe on these rows. A rate that is too high for random weights alone would look like a gain of
-    pretraining (README, "Random weights need their own rate"). -> copies with these entries, the
+    pretraining (README, "The fine-tuning recipe"). -> copies with these entries, the
     rates that were tried"""
     chosen, tried = [], set()
     for floor in floors:

@@ -31,7 +31,7 @@ def check_flags(a, given):
 
     if a["init_frac"] == -1:
         a["init_frac"] = 0.15 if a["masking"] == "self" else 0.0
-    if a["lr"] == -1:  # measured on tiny, wide and mini: README, "Loss per minute"
+    if a["lr"] == -1:  # measured on tiny, wide and mini: data/results/instrument/README.md
         narrow = a["width"] < 256 if a["width"] else a["size"] == "tiny"
         a["lr"] = 3e-3 if narrow else 1e-3
     if a["mask_rate_end"] == -1:
