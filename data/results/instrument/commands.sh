@@ -59,7 +59,7 @@ for p in mean pair; do
 done
 
 # ---- the curve and the noise: scores-pair.json, curve-pair.svg
-P="python glue.py --glue-dir GLUE --threads 1 --max-train 5000"    # --lr 1e-3 --pool-output pair are the defaults
+P="python glue.py --glue-dir GLUE --threads 1 --max-train 5000 --lr 1e-3"    # --pool-output pair is the default; --lr: for random weights, too
 for r in rate30-5M rate30-20M rate30-40M rate30-5M-s1 rate30-5M-s2 rate30-5M-s3 rate30-5M-s4; do
     $P runs/$r --tasks SST-2,QQP,MNLI,QNLI,STS-B --seeds 2
 done
@@ -96,7 +96,7 @@ $B --eval-every 2000 --steps 80000 --warmup-frac 0.0025 --decay-frac 0.2 --begin
 S="$S --eval-every 1000"
 $S --steps 28000 --warmup-frac 0.00714285714 --decay-frac 0 --begin-from runs/mini-24M --out runs/mini-57M
 $S --steps 32000 --warmup-frac 0.00625 --decay-frac 0.125 --begin-from runs/mini-57M --out runs/mini-66M
-for r in bf16-5M bf16-80M bf16-160M; do $G runs/$r --max-train 20000 --tasks SST-2,QQP,MNLI,QNLI; done
+for r in bf16-5M bf16-80M bf16-160M; do $G runs/$r --lr 1e-3 --max-train 20000 --tasks SST-2,QQP,MNLI,QNLI; done
 $G runs/mini-30M --max-train 20000 --lr 3e-4 --tasks QNLI
 $G runs/mini-66M --max-train 20000 --lr 3e-4 --tasks SST-2,QQP,MNLI,QNLI    # run and random weights by two jobs
 $G runs/bf16-80M --max-train 5000 --tasks QQP,MNLI,QNLI --pool-output align
@@ -121,7 +121,7 @@ $G runs/mini-66M --lr 1.5e-4 --tasks SST-2,QQP,MNLI,QNLI    # random weights alo
 for lr in 5e-4 2.5e-4; do $G runs/bf16-80M --lr $lr --tasks SST-2,QQP,MNLI,QNLI; done    # 2.5e-4: random weights alone
 for lr in 1e-3 5e-4; do $G runs/bf16-80M --lr $lr --epochs 1 --tasks SST-2,QQP,MNLI,QNLI; done    # 5e-4: random weights alone
 $G runs/bf16-80M --max-train 5000 --lr 5e-4 --tasks SST-2,QQP,MNLI,QNLI    # random weights alone
-# curve-pair.svg as it is now: the means of the README's table, drawn by data.curve.draw
+# curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
 from data.curve import draw
@@ -129,7 +129,7 @@ arms = {"random (tiny)": [(5.12e6, 65.2), (20.48e6, 66.4), (40.96e6, 66.8), (81.
 floors = {"random weights (tiny)": 63.0, "random weights (mini)": 62.3}
 Path("data/results/instrument/curve-pair.svg").write_text(draw(arms, floors, "primary endpoint: mean accuracy of MNLI-m, QNLI, SST-2, QQP"))
 END
-# curve-rows.svg: the means of the README's table; random weights at their best rate
+# curve-rows.svg: the means of the table in README.md of this folder; random weights at their best rate
 python - <<'END'
 from pathlib import Path
 from data.curve import draw
