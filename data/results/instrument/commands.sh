@@ -65,7 +65,7 @@ for r in rate30-5M rate30-20M rate30-40M rate30-5M-s1 rate30-5M-s2 rate30-5M-s3 
 done
 $P runs/rate30-40M --tasks SST-2,QQP,MNLI,QNLI --lr 2e-3
 $P runs/rate30-40M --tasks SST-2 --lr 3e-3
-$P runs/rate30-40M --tasks SST-2,QQP,MNLI,QNLI,STS-B --freeze
+$P runs/rate30-40M --tasks SST-2,QQP,MNLI,QNLI,STS-B --freeze --lr 3e-3
 for r in rate30-5M rate30-40M; do python -m data.reach runs/$r; done    # reach.txt
 python glue.py runs/rate30-5M runs/rate30-20M runs/rate30-40M --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI,STS-B --table --json > curve.json
 python -m data.curve curve.json data/results/instrument/curve-pair.svg
