@@ -24,12 +24,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.compare import group_arms, make_tables, show_tables
+from data.compare import group_arms, make_tables
 from data.files import (
     UserError, add_flags, check_range, lock_folder, make_folder, refuse_command, run_script,
     sha256_file,
 )
 from data.runs import add_score, read_config, read_log, read_scores, spent_flops
+from data.tables import show_tables
 from data.tasks import TASKS, batches, encode_rows, read_task
 
 # --------------------------------------------------------------------------------------------------

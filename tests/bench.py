@@ -37,8 +37,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data.compare import grid
 from data.files import UserError, check_range, refuse_command, run_script
+from data.tables import grid
 from tests.bench_steps import BATCH, LENGTHS, SEQ_LEN, timed
 
 ROOT = Path(__file__).parent.parent

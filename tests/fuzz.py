@@ -172,8 +172,9 @@ def run_readers(folder):
     import glue
     import train
     from data import corpus, runs
-    from data.compare import group_arms, make_tables, show_tables
+    from data.compare import group_arms, make_tables
     from data.files import sha256_file
+    from data.tables import show_tables
     from data.tasks import TASKS
     from model import Bert, Shape, load, read_model
     from tests.test_data import write_corpus

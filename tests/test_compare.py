@@ -10,6 +10,7 @@ from data import compare as C
 from data import curve
 from data import tasks as G
 from data.files import UserError
+from data.tables import show_tables
 from model import Shape
 
 
@@ -90,12 +91,12 @@ def test_the_table_by_hand():
     assert c["gain_percent"] == pytest.approx(100 / 60.125)
     assert [row["name"] for row in table["floors"]] == ["majority class", "random weights"]
     assert any("can be compared" in note for note in table["notes"])
-    text = C.show_tables([table])
+    text = show_tables([table])
     assert "61.0 ± 1.0" in text and "0.250 (0.250)" in text and "+1.00 [+1.00, +1.00]" in text
-    markdown = C.show_tables([table], markdown=True)
+    markdown = show_tables([table], markdown=True)
     lines = [x for x in markdown.splitlines() if x.startswith("|")]
     assert len({x.count("|") for x in lines[:6]}) == 1 and lines[1].startswith("| --- |")
-    assert "MNLI mismatched" in C.show_tables([table], parts=True)
+    assert "MNLI mismatched" in show_tables([table], parts=True)
 
 
 def test_a_random_arm_that_is_no_better_than_its_floor_is_not_a_baseline():
@@ -155,7 +156,7 @@ def test_what_cannot_be_compared_stands_apart():
     runs[1].flops = 140.0
     tables = C.make_tables(runs, {})
     assert sorted(len(t["rows"]) for t in tables) == [1, 3]
-    assert "cannot be compared" in C.show_tables(tables)
+    assert "cannot be compared" in show_tables(tables)
     names = [row["name"] for t in tables if len(t["rows"]) == 3 for row in t["rows"]]
     assert names == ["random", "self", "random, steps 300, equal FLOPs"]
     runs[0].entries.append(entry("RTE", 0, 61.0, {"lr": 2}))
@@ -189,7 +190,7 @@ def test_scores_that_are_missing_or_of_other_rows():
     tasks = table["rows"][1]["tasks"]
     assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
     assert table["rows"][0]["ends"]["mean"]["mean"] == 35 and not table["rows"][1]["ends"]
-    assert "-" in C.show_tables([table])
+    assert "-" in show_tables([table])
     subset = [1000, 277]
     runs = [fake_run(0, {}), fake_run(0, {}, "self"), fake_run(1, {})]
     runs[0].entries = [entry("RTE", 0, 60.0, rows=subset)]
