@@ -13,7 +13,6 @@ with random weights, at their own rate. Scores follow Wang et al. 2018 (GLUE, ar
 
 import argparse
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -26,10 +25,10 @@ from types import SimpleNamespace
 
 from data.compare import group_arms, make_tables
 from data.files import (
-    UserError, add_flags, check_range, lock_folder, make_folder, refuse_command, run_script,
-    sha256_file,
+    UserError, add_flags, check_range, checksum, lock_folder, make_folder, refuse_command,
+    run_script, sha256_file,
 )
-from data.runs import add_score, read_config, read_log, read_scores, spent_flops
+from data.runs import WITHOUT_CONTEXT, add_score, read_config, read_log, read_scores, spent_flops
 from data.tables import show_tables
 from data.tasks import TASKS, batches, encode_rows, read_task
 
@@ -269,21 +268,21 @@ def open_subject(path):
         flops, teacher_flops = spent_flops(run)
         return SimpleNamespace(
             path=path, is_floor=False, folder=run, seed=flags["seed"], entries=[],
-            flags=flags, defaults=TRAIN_DEFAULTS, shape=model.shape, tokenizer=tokenizer,
+            flags=flags, defaults=TRAIN_DEFAULTS, tokenizer=tokenizer,
+            shape=replace(model.shape, dropout=0.0),  # that of pretraining is a flag, not a size
             model=sha256_file(run / "model.pt"), corpus=str(config["corpus_sha256"]),
             flops_of=flags["flops_of"], flops=flops,
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
             teacher_flops=teacher_flops, flops_with_teacher=flops + teacher_flops,
             seconds=float(log[-1].get("seconds", 0)),
-            margin=config["unigram_entropy"] - float(log[-1]["val_loss"]))
+            margin=WITHOUT_CONTEXT * config["unigram_entropy"] - float(log[-1]["val_loss"]))
     except (KeyError, TypeError, ValueError, OverflowError, IndexError):
         raise UserError(f"{run}: config.json or log.jsonl is damaged, or of another version")
 
 
 def make_floor(run, seed, cache):
     """The model that `run` would have been before its first update, with this seed."""
-    what = {"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256, "seed": seed}
-    key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+    key = checksum({"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256, "seed": seed})
     return SimpleNamespace(
         path="random weights", is_floor=True, folder=Path(cache) / "glue" / key[:16], seed=seed,
         entries=[], shape=run.shape, tokenizer=run.tokenizer, model=key)

@@ -29,8 +29,8 @@ from data.files import (
     sha256_file,
 )
 from data.runs import (
-    begin_run, check_flags, check_origin, load_checkpoint, load_origin, open_log, open_run,
-    open_tensorboard, origin_sha256, read_log, save_checkpoint, spent_flops,
+    WITHOUT_CONTEXT, begin_run, check_flags, check_origin, load_checkpoint, load_origin, open_log,
+    open_run, open_tensorboard, origin_sha256, read_log, save_checkpoint, spent_flops,
 )
 
 # --------------------------------------------------------------------------------------------------
@@ -89,7 +89,7 @@ FLAGS = {
         ("steps", 2500, "updates in the whole run"),
         ("flops-of", "", "train for the FLOPs that this finished run spent, instead of --steps"),
         ("batch-size", 16, "blocks in an update: part of the method"),
-        ("micro-batch", 0, "blocks in a forward: only memory; divides the batch; 0: all"),
+        ("micro-batch", 0, "blocks in a forward: memory, dropout draws; divides the batch; 0: all"),
         ("lr", -1.0, "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
         ("warmup-frac", 0.05, "share of the run over which the rate rises"),
         ("decay-frac", 1.0, "share of the run, its end, over which the rate falls to 0; 1: from "
@@ -440,10 +440,10 @@ def main():
     save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
     lock.close()
     ranks.leave()
-    loss, plateau = read_log(run)[-1]["val_loss"], text.unigram_entropy
-    side = "below" if loss < plateau else "above (still on the plateau: train for more --steps)"
-    print(f"{run}: held-out loss {loss:.3f} nats, {abs(plateau - loss):.2f} {side} the unigram "
-          f'entropy\nsee what it masks:  python masking.py {run} "The function returns an array."')
+    loss, H = read_log(run)[-1]["val_loss"], text.unigram_entropy
+    stuck = "" if loss < WITHOUT_CONTEXT * H else ": no context is used yet, train for more --steps"
+    print(f"{run}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} ({loss - H:+.2f}){stuck}"
+          f'\nsee what it masks:  python masking.py {run} "The function returns an array."')
 
 
 if __name__ == "__main__":

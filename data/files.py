@@ -5,6 +5,7 @@ else that goes wrong is our bug and keeps its traceback.
 """
 
 import argparse
+import contextlib
 import errno
 import fcntl
 import hashlib
@@ -69,6 +70,9 @@ def run_script(main):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
     except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            say(f"error: this name is too long for a file: {error.filename}")
+            sys.exit(2)
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
             raise
         say(f"error: cannot write: {error.strerror}; what is on disk is whole: make room, then "
@@ -125,7 +129,8 @@ def write_atomic(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there may be nothing that can be removed
+            temporary.unlink()
         raise UserError(f"cannot write {path}: {error.strerror}; what was there is unchanged")
 
 

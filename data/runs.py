@@ -19,6 +19,10 @@ from data.files import (
 )
 from data.ranks import WORLD
 
+# The share of the unigram entropy below which a loss takes context. A tenth of the tokens to
+# predict is shown as it is: a model that copies those is below the entropy, but it still has all of
+# it at [MASK] (0.8 of them) and where another token stands (0.1).
+WITHOUT_CONTEXT = 0.9
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
 
 

@@ -6,6 +6,7 @@ import torch
 
 import masking as M
 from data.metrics import spearman
+from data.runs import WITHOUT_CONTEXT
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape
 
@@ -289,3 +290,20 @@ def test_diagnosis_on_a_known_strategy():
     assert found["word_internal"] == pytest.approx([0.0, (inner % 3 == 2).float().mean().item()])
     assert found["rate"] == pytest.approx(k / 32)
     assert found["overlap"][1] == pytest.approx(k / 32) and found["overlap"][0] > 2 * k / 32
+
+
+def test_copying_what_is_shown_is_below_the_entropy_but_not_below_its_share():
+    p = torch.zeros(V, dtype=torch.double)
+    p[N_SPECIAL:] = 1 / torch.arange(1, V - N_SPECIAL + 1)  # independent tokens: no context helps
+    p /= p.sum()
+    entropy = -(p[N_SPECIAL:] * p[N_SPECIAL:].log()).sum().item()
+    tokens = rows_of(800, 130)
+    generator = torch.Generator().manual_seed(0)
+    tokens[:, 1:-1] = torch.multinomial(p, 800 * 128, True, generator=generator).view(800, 128)
+    positions, inputs, labels = M.mask_for_evaluation(tokens, V)
+    shown, labels = inputs.gather(1, positions).flatten(), labels.flatten()
+    # The best guess: where a token stands that is not [MASK], it is the answer with this share.
+    kept = p[shown] / (p[shown] + 1 / (V - N_SPECIAL))
+    kept[shown == MASK] = 0
+    best = -((1 - kept) * p[labels] + kept * (shown == labels)).log().mean().item()
+    assert WITHOUT_CONTEXT * entropy < best < 0.95 * entropy
