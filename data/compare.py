@@ -9,10 +9,12 @@ A score is in points: 100 times a metric, or the mean of a task's metrics.
 """
 
 import math
+import os
 import statistics
 from collections import Counter
 
 from data.files import UserError
+from data.runs import WITHOUT_CONTEXT
 from data.tasks import TASKS
 
 # Flags that say how or where a run was made, not what it is. Teachers and corpora are compared by
@@ -23,6 +25,7 @@ NOT_WHAT = {
     "checkpoint_every", "tensorboard"}
 PRIMARY = [name for name, task in TASKS.items() if task.primary]
 AVERAGED = [name for name, task in TASKS.items() if task.averaged]
+CHOOSING = {"masking", "select", "score_input", "pool", "init_frac"}  # what a contrast is about
 
 
 # --------------------------------------------------------------------------------------------------
@@ -105,7 +108,7 @@ def arm_key(run):
     """Equal for runs that differ in nothing but the seed."""
     flags = {k: v for k, v in run.flags.items() if k not in NOT_WHAT}
     paths = [bool(run.flags.get(name)) for name in ("flops_of", "begin_from")]
-    return repr((sorted(flags.items()), run.teacher_flops, comparable(run), paths))
+    return repr((sorted(flags.items()), run.flops, run.teacher_flops, comparable(run), paths))
 
 
 def group_arms(runs):
@@ -127,8 +130,8 @@ def comparable(run):
 
 def same_compute(run, runs):
     """The token count of the run whose FLOPs --flops-of gave to this one; else its own."""
-    if run.flops_of:
-        for other in runs:
+    if run.flops_of:  # first the very run it names, then one that spent as much
+        for other in sorted(runs, key=lambda r: r.path != os.path.normpath(run.flops_of)):
             if (not other.flops_of and comparable(run)[:3] == comparable(other)[:3]
                     and abs(run.flops - other.flops) < 0.02 * other.flops):
                 return other.tokens
@@ -137,15 +140,17 @@ def same_compute(run, runs):
 
 def arm_names(arms):
     """Names that tell the arms of a table apart: the masking, and the flags that are not the
-    default's and differ between arms of one masking."""
+    default's and differ between the arms; how tokens are chosen: between arms of one masking."""
     names = []
     for runs in arms:
         run, name = runs[0], runs[0].flags["masking"]
-        alike = [other[0].flags for other in arms
-                 if other[0].flags["masking"] == run.flags["masking"]]
         for flag, value in run.flags.items():
-            varies = any(other.get(flag) != value for other in alike)
-            if flag not in NOT_WHAT and varies and value != run.defaults.get(flag):
+            varies = any(other[0].flags.get(flag) != value for other in arms if flag not in CHOOSING
+                         or other[0].flags["masking"] == run.flags["masking"])
+            follows = ((flag == "mask_rate_end" and value == run.flags["mask_rate"])
+                       or (flag == "steps" and not run.flops_of))  # a table has one token count
+            if (flag not in NOT_WHAT and varies and not follows
+                    and value != run.defaults.get(flag)):
                 name += f", {flag.replace('_', '-')} {value}"
         name += ", continued" if run.flags.get("begin_from") else ""
         names.append(name + (", equal FLOPs" if run.flops_of else ""))
@@ -168,15 +173,22 @@ def by_task(entries, tasks, fine_tuning_seeds):
     return scores, parts
 
 
-def endpoints(scores, parts):
+def primary_part(task, parts):
+    """The part of a task's score that is in the primary endpoint: accuracy, of MNLI the matched."""
+    return parts["matched" if task == "MNLI" else "accuracy"]
+
+
+def endpoints(scores, parts, tasks):
     """-> {"primary": mean accuracy of MNLI-m, QNLI, SST-2, QQP; "glue": mean of 8 task scores},
-    each only where all its tasks are scored."""
+    each only where all its tasks are scored; without either, "mean": over the table's tasks."""
     ends = {}
     if all(task in parts for task in PRIMARY):
-        ends["primary"] = statistics.fmean(
-            parts[task].get("matched", parts[task].get("accuracy")) for task in PRIMARY)
+        ends["primary"] = statistics.fmean(primary_part(task, parts[task]) for task in PRIMARY)
     if all(task in scores for task in AVERAGED):
         ends["glue"] = statistics.fmean(scores[task] for task in AVERAGED)
+    if not ends and len(scores) == len(tasks):  # means over other tasks say nothing
+        averaged = [task for task in tasks if task in AVERAGED] or tasks
+        ends["mean"] = statistics.fmean(scores[task] for task in averaged)
     return ends
 
 
@@ -189,10 +201,7 @@ def make_row(name, runs, tasks, fine_tuning_seeds):
             scores.setdefault(task, {})[run.seed] = run_scores[task]
             for part, value in run_parts[task].items():
                 parts.setdefault(task, {}).setdefault(part, {})[run.seed] = value
-        own = endpoints(run_scores, run_parts)
-        if not own and len(run_scores) == len(tasks):  # means over other tasks say nothing
-            own = {"mean": statistics.fmean(run_scores.values())}
-        for end, value in own.items():
+        for end, value in endpoints(run_scores, run_parts, tasks).items():
             ends.setdefault(end, {})[run.seed] = value
     return {
         "name": name, "n": len(runs),
@@ -206,7 +215,8 @@ def make_tables(runs, floors, baseline=()):
     """-> a table per set of comparable runs with one recipe: a dict that JSON can hold.
 
     runs    namespaces with path, seed, flags, defaults, shape, tokens, flops, teacher_flops,
-            seconds, margin (nats below the unigram entropy) and entries: what glue.json holds
+            seconds, margin (nats below what a model without context can reach) and entries: what
+            glue.json holds
     floors  {(shape, tokenizer sha256): [namespaces with seed and entries: random weights]}
     """
     tables, groups = [], {}
@@ -246,38 +256,35 @@ def make_table(runs, floors, recipe, baseline, tokens):
     names = arm_names(arms)
     rows = [make_row(name, members, tasks, seeds) for name, members in zip(names, arms)]
 
-    # The reference: the arm that --baseline names, or the plainest random one.
-    def plain(i):
-        flags = arms[i][0].flags
-        return (flags["distill"] != "off", flags["mask_rate"] != flags["mask_rate_end"],
-                bool(arms[i][0].flops_of), i)
-
     named = [i for i, members in enumerate(arms) if any(r.path in baseline for r in members)]
     if len(named) > 1:
         raise UserError(f"--baseline names several arms: {', '.join(names[i] for i in named)}")
     if baseline and not named:
         notes.append("the runs of --baseline are not in this table")
     random = [i for i, members in enumerate(arms) if members[0].flags["masking"] == "random"]
-    plainest = min(random, key=plain) if random else None
-    reference = named[0] if named else plainest
+    plainest = min(random, key=lambda i: plain(arms[i][0])) if random else None
     for row, members in zip(rows, arms):
         for what in ("flops", "flops_with_teacher", "seconds"):
             row[what] = statistics.fmean(getattr(run, what) for run in members)
-        if reference is not None:
-            base, ratio = rows[reference], [
-                statistics.fmean(getattr(r, what) for r in arms[reference])
-                for what in ("flops", "flops", "seconds")]
-            row["cost"], row["cost_with_teacher"], row["time"] = (
-                row[what] / r if r else None
-                for what, r in zip(("flops", "flops_with_teacher", "seconds"), ratio))
-            if row is not base:
-                row["against"] = {
-                    end: paired(row["ends"][end]["seeds"], base["ends"][end]["seeds"])
-                    for end in row["ends"] if end in base["ends"]}
+    for i, row in enumerate(rows):
+        j = named[0] if named else reference(arms, i, random, plainest)
+        if j is None:
+            continue
+        base, row["baseline"] = rows[j], names[j]
+        for ratio, what in (("cost", "flops"), ("cost_with_teacher", "flops_with_teacher"),
+                            ("time", "seconds")):
+            row[ratio] = row[what] / base[what] if base[what] else None
+        if row is base:
+            continue
+        row["against"] = {end: paired(row["ends"][end]["seeds"], base["ends"][end]["seeds"])
+                          for end in row["ends"] if end in base["ends"]}
+        if i not in random and (more := differing(arms[i][0], arms[j][0])):
+            notes.append(f"{names[i]}, against {names[j]}: not of masking alone, they differ in "
+                         + ", ".join(flag.replace("_", "-") for flag in more))
     majority = {"name": "majority class", "n": 1, "parts": {}, "tasks": {}, "ends": {}}
     scores = {task: statistics.fmean(example[task]["majority"].values()) for task in tasks}
     parts = {task: example[task]["majority"] for task in tasks}
-    ends = endpoints(scores, parts) or {"mean": statistics.fmean(scores.values())}
+    ends = endpoints(scores, parts, tasks)
     for into, values in (("tasks", scores), ("ends", ends)):
         majority[into] = {k: mean_sd({0: v}) for k, v in values.items()}
     majority["parts"] = {t: {p: mean_sd({0: v}) for p, v in parts[t].items()} for t in tasks}
@@ -291,16 +298,27 @@ def make_table(runs, floors, recipe, baseline, tokens):
             counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
             counts[0] = f"{e['trained_on']} of {e['official'][0]}"
             notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
-    if len(tried) > 1 or not tried & {seen[0]["recipe"].get("lr")}:
-        used = {f"{e['task']} {e['recipe'].get('lr')}" for f in floors for e in f.entries}
-        if used:
-            notes.append(f"random weights at their best --lr: {', '.join(sorted(used))}")
-    elif not seen[0]["recipe"].get("freeze"):
-        notes.append("random weights were scored at the --lr of the runs alone: a lower may suit")
-    if plainest is not None:
-        notes += validity(arms[plainest], rows[plainest], floor, example)
-    elif reference is None:
-        notes.append("no random arm to compare with: add one, or name another with --baseline")
+    for row in (floor, *rows):
+        short = [f"{task} {len(of['seeds'])}" for task, of in row["tasks"].items()
+                 if len(of["seeds"]) < row["n"]]
+        if short:
+            notes.append(f"{row['name']}: scored for fewer than its {row['n']} seeds: "
+                         + ", ".join(short))
+    own, used = {seen[0]["recipe"].get("lr")}, {}
+    for task, rates in tried.items():
+        best = sorted({e["recipe"].get("lr") for f in floors for e in f.entries
+                       if e["task"] == task})
+        if rates != own:
+            used.setdefault(f"{' or '.join(map(str, best))} (of {len(rates)})", []).append(task)
+    if used:
+        notes.append("random weights at the best --lr that was scored: " + "; ".join(
+            f"{rate} on {', '.join(on)}" for rate, on in used.items()))
+    alone = [task for task, rates in tried.items() if rates == own]
+    if alone and not seen[0]["recipe"].get("freeze"):
+        notes.append("random weights were scored at the --lr of the runs alone, a lower may suit: "
+                     + ", ".join(alone))
+    notes += validity(arms[plainest], rows[plainest], floor, example) if random else [
+        "NO COMPARISON COUNTS YET, there is no random arm that shows whether pretraining pays"]
     run = runs[0]
     return {
         "title": f"{run.shape.layers} layers of width {run.shape.width}, {run.shape.vocab_size} "
@@ -308,7 +326,7 @@ def make_table(runs, floors, recipe, baseline, tokens):
         "tokens": tokens, "subject": repr(comparable(run)[:3]),
         "recipe": seen[0]["recipe"], "tasks": tasks,
         "fine_tuning_seeds": {task: sorted(seeds[task]) for task in tasks},
-        "baseline": names[reference] if reference is not None else None,
+        "baseline": names[named[0]] if named else names[plainest] if random else None,
         "floors": [majority, floor] if scored else [majority], "rows": rows, "notes": notes,
     }
 
@@ -320,19 +338,43 @@ def with_entries(subject, entries):
 def at_best_rate(floors, recipe, data):
     """Random weights, each task and seed at the rate that serves it best, of those scored by this
     recipe on these rows. A rate that is too high for random weights alone would look like a gain of
-    pretraining (README, "The fine-tuning recipe"). -> copies with these entries, the
-    rates that were tried"""
-    chosen, tried = [], set()
+    pretraining (README, "The fine-tuning recipe"). -> copies with these entries, {task: the rates
+    that were tried}"""
+    def value(e):  # by what the primary endpoint takes
+        return primary_part(e["task"], e["parts"]) if e["task"] in PRIMARY else e["score"]
+
+    chosen, tried = [], {}
     for floor in floors:
         best = {}
         for e in floor.entries:
             if e["data"] != data.get(e["task"]) or {**e["recipe"], "lr": 0} != {**recipe, "lr": 0}:
                 continue
-            tried.add(e["recipe"].get("lr"))
+            tried.setdefault(e["task"], set()).add(e["recipe"].get("lr"))
             key = e["task"], e["seed"]
-            best[key] = max(best.get(key, e), e, key=lambda entry: entry["score"])
+            best[key] = max(best.get(key, e), e, key=value)
         chosen.append(with_entries(floor, list(best.values())))
     return chosen, tried
+
+
+def differing(run, other):
+    """The flags, beside those that choose tokens, in which two runs differ."""
+    return [flag for flag, value in run.flags.items() if flag not in NOT_WHAT | CHOOSING
+            and other.flags.get(flag) != value]
+
+
+def plain(run):
+    """Small for the random arm that the others are measured by: no distillation, one rate."""
+    flags = run.flags
+    return flags["distill"] != "off", flags["mask_rate"] != flags["mask_rate_end"], bool(
+        run.flops_of)
+
+
+def reference(arms, i, random, plainest):
+    """The arm that arm i is compared with: a random arm that differs from it in as little as there
+    is but the masking (with distillation: random with distillation); random arms: the plainest."""
+    if i in random or not random:
+        return plainest
+    return min(random, key=lambda j: (len(differing(arms[i][0], arms[j][0])), plain(arms[j][0])))
 
 
 def validity(runs, row, floor, example):
@@ -342,15 +384,15 @@ def validity(runs, row, floor, example):
     reasons = []
     margin = min(run.margin for run in runs)
     if margin < 0.5:
-        reasons.append(f"its held-out loss is {margin:.2f} nats below the unigram entropy, less "
-                       "than 0.5")
+        reasons.append(f"its held-out loss is {margin:.2f} nats below {WITHOUT_CONTEXT} of the "
+                       "unigram entropy, which needs no context, less than 0.5")
     for task in PRIMARY:
-        part = "matched" if task == "MNLI" else "accuracy"
         if task not in row["parts"] or task not in floor["parts"]:
             reasons.append(f"{task} is not scored")
             continue
-        p1, p0 = (r["parts"][task][part]["mean"] / 100 for r in (row, floor))
-        constant, count = example[task]["majority"][part] / 100, example[task]["rows"][1]
+        p1, p0 = (primary_part(task, r["parts"][task])["mean"] / 100 for r in (row, floor))
+        constant = primary_part(task, example[task]["majority"]) / 100
+        count = example[task]["rows"][1]
         # Two binomial standard errors: of one share, and of a difference of two.
         if p0 - constant <= 2 * math.sqrt(p0 * (1 - p0) / count):
             reasons.append(f"random weights do not learn {task} by this recipe (a lower --lr?)")

@@ -38,7 +38,7 @@ def cells(table, parts=False):
                for row in everything]
     if table["baseline"] is None:
         return scores, []
-    against = [["arm", "FLOPs", "with teacher", "time"]]
+    against = [["arm", "against", "FLOPs", "with teacher", "time"]]
     for end in ends:
         against[0] += [f"{END_NAMES[end]}, difference", "p (smallest)", "gain"]
     for row in table["rows"]:
@@ -46,7 +46,8 @@ def cells(table, parts=False):
         compared = itertools.chain.from_iterable(
             ["", "", ""] if "against" not in row else show_against(row["against"].get(end))
             for end in ends)
-        against.append([row["name"], *costs, *compared])
+        base = row["baseline"] if "against" in row else ""
+        against.append([row["name"], base, *costs, *compared])
     return scores, against
 
 
@@ -75,8 +76,7 @@ def show_tables(tables, markdown=False, parts=False):
         out.append(f"{table['title']}. Recipe: {recipe}; fine-tuning seeds: {times}")
         out.append(grid(scores, markdown))
         if against:
-            out.append(f"Against {table['baseline']}, paired by seed (95 % t interval; exact "
-                       "sign-flip p, smallest attainable):")
+            out.append("Paired by seed (95 % t interval; exact sign-flip p, smallest attainable):")
             out.append(grid(against, markdown))
         if table["notes"]:
             out.append("\n".join(f"- {note}" for note in table["notes"]))

@@ -135,10 +135,11 @@ def test_random_weights_count_at_the_rate_that_serves_them_best():
         return table["floors"][1]["tasks"]["SST-2"]["mean"], " ".join(table["notes"])
 
     score, notes = sst2(entry("SST-2", 0, 45.0, {"lr": 1, "epochs": 3}))
-    assert score == 50 and "it can be compared with" in notes and "SST-2 3" in notes
+    assert score == 50 and "it can be compared with" in notes and "3 (of 2) on SST-2" in notes
+    assert "alone, a lower may suit: CoLA, MRPC, STS-B, QQP, MNLI, QNLI, RTE, WNLI" in notes
     score, notes = sst2(entry("SST-2", 0, 58.0, {"lr": 1, "epochs": 3}),
                         entry("SST-2", 1, 60.0, {"lr": 1, "epochs": 3}))
-    assert score == 59 and "SST-2 1, STS-B 3" in notes
+    assert score == 59 and "1 (of 2) on SST-2" in notes
     assert "SST-2 +1.0 against random weights, within" in notes
     # A rate with fewer seeds takes none away: seed 0 at its best, and seed 1.
     assert sst2(entry("SST-2", 1, 60.0, {"lr": 3, "epochs": 3}),
@@ -147,6 +148,10 @@ def test_random_weights_count_at_the_rate_that_serves_them_best():
     # More epochs are another recipe, other rows another experiment.
     assert sst2(entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 9}))[0] == 50
     assert sst2(entry("SST-2", 0, 59.0, {"lr": 1, "epochs": 3}, data="other"))[0] == 50
+    # The primary endpoint takes QQP's accuracy: so does the choice of the rate.
+    other = entry("QQP", 0, 50.5, {"lr": 1, "epochs": 3})
+    other["parts"] = {"accuracy": 51.5, "f1": 49.5}  # the other has 52, 48
+    assert "3 (of 2) on QQP" in sst2(other)[1]
 
 
 def test_what_cannot_be_compared_stands_apart():
@@ -161,6 +166,11 @@ def test_what_cannot_be_compared_stands_apart():
     assert names == ["random", "self", "random, steps 300, equal FLOPs"]
     runs[0].entries.append(entry("RTE", 0, 61.0, {"lr": 2}))
     assert len(C.make_tables(runs, {})) == 3  # another recipe
+    # Two runs spent as much: the one that --flops-of names decides, whatever the order.
+    runs = [fake_run(0, scores, "self", flops=140.0), fake_run(0, scores, tokens=1400, flops=140.0),
+            fake_run(0, scores, tokens=1400, flops=140.0, flops_of="runs/self-0/")]
+    runs[0].path = "runs/self-0"
+    assert C.same_compute(runs[2], runs) == C.same_compute(runs[2], runs[::-1]) == 1000
 
 
 def test_arms_are_named_by_what_differs():
@@ -179,8 +189,36 @@ def test_arms_are_named_by_what_differs():
     origins = [fake_run(s, scores, begin_from=f"runs/trunk-{s}") for s in (2, 3)]
     table, = C.make_tables([*runs, *origins], {})  # a path says nothing but that there is one
     assert (table["rows"][-1]["name"], table["rows"][-1]["n"]) == ("random, continued", 2)
+    late = fake_run(4, scores, flops=140.0, begin_from="runs/self-trunk")  # another origin
+    table, = C.make_tables([*origins, late], {})
+    assert [row["n"] for row in table["rows"]] == [2, 1]
     with pytest.raises(UserError, match="the same arm and seed"):
         C.make_tables([*runs, fake_run(0, scores, "self", out="again")], {})
+
+
+def test_a_contrast_is_of_masking_alone_or_says_what_else_it_is_of():
+    teach = {"distill": "complete", "alpha": 0.5}
+    runs = [fake_run(s, {"RTE": score}, masking, **flags) for s in range(2)
+            for score, masking, flags in ((50.0, "random", {}), (58.0, "random", teach),
+                                          (60.0, "self", teach), (53.0, "self", {"lr": 1e-3}))]
+    runs.sort(key=lambda run: run.path)
+    table, = C.make_tables(runs, {})
+    rows = {row["name"]: row for row in table["rows"]}
+    kd = ", distill complete, alpha 0.5"
+    assert set(rows) == {"random", "random" + kd, "self" + kd, "self, lr 0.001"}
+    assert [rows[name]["baseline"] for name in rows] == [
+        "random" + kd if name == "self" + kd else "random" for name in rows]
+    difference = {name: row["against"]["mean"]["difference"] for name, row in rows.items()
+                  if "against" in row}
+    assert difference == {"random" + kd: 8, "self" + kd: 2, "self, lr 0.001": 3}
+    more = [note for note in table["notes"] if "not of masking alone" in note]
+    assert more == ["self, lr 0.001, against random: not of masking alone, they differ in lr"]
+    assert "| random" + kd + " | 1.00 |" in show_tables([table], markdown=True)
+    table, = C.make_tables(runs, {}, [r.path for r in runs if r.flags["masking"] == "random"
+                                      and r.flags["distill"] == "off"])
+    assert {row["baseline"] for row in table["rows"]} == {"random"}
+    table, = C.make_tables([r for r in runs if r.flags["masking"] == "self"], {}, [runs[-1].path])
+    assert any("there is no random arm" in note for note in table["notes"])
 
 
 def test_scores_that_are_missing_or_of_other_rows():
@@ -191,6 +229,11 @@ def test_scores_that_are_missing_or_of_other_rows():
     assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
     assert table["rows"][0]["ends"]["mean"]["mean"] == 35 and not table["rows"][1]["ends"]
     assert "-" in show_tables([table])
+    runs = [fake_run(0, {"CoLA": 20.0, "RTE": 60.0, "WNLI": 10.0}), fake_run(1, {"CoLA": 40.0})]
+    table, = C.make_tables(runs, {})
+    assert table["rows"][0]["ends"]["mean"]["mean"] == 40  # without WNLI
+    assert table["floors"][0]["ends"]["mean"]["mean"] == 40
+    assert "random: scored for fewer than its 2 seeds: RTE 1, WNLI 1" in table["notes"]
     subset = [1000, 277]
     runs = [fake_run(0, {}), fake_run(0, {}, "self"), fake_run(1, {})]
     runs[0].entries = [entry("RTE", 0, 60.0, rows=subset)]
