@@ -263,24 +263,9 @@ def make_table(runs, floors, recipe, baseline, tokens):
         notes.append("the runs of --baseline are not in this table")
     random = [i for i, members in enumerate(arms) if members[0].flags["masking"] == "random"]
     plainest = min(random, key=lambda i: plain(arms[i][0])) if random else None
-    for row, members in zip(rows, arms):
-        for what in ("flops", "flops_with_teacher", "seconds"):
-            row[what] = statistics.fmean(getattr(run, what) for run in members)
-    for i, row in enumerate(rows):
-        j = named[0] if named else reference(arms, i, random, plainest)
-        if j is None:
-            continue
-        base, row["baseline"] = rows[j], names[j]
-        for ratio, what in (("cost", "flops"), ("cost_with_teacher", "flops_with_teacher"),
-                            ("time", "seconds")):
-            row[ratio] = row[what] / base[what] if base[what] else None
-        if row is base:
-            continue
-        row["against"] = {end: paired(row["ends"][end]["seeds"], base["ends"][end]["seeds"])
-                          for end in row["ends"] if end in base["ends"]}
-        if i not in random and (more := differing(arms[i][0], arms[j][0])):
-            notes.append(f"{names[i]}, against {names[j]}: not of masking alone, they differ in "
-                         + ", ".join(flag.replace("_", "-") for flag in more))
+    references = [named[0] if named else reference(arms, i, random, plainest)
+                  for i in range(len(arms))]
+    notes += compare_rows(rows, arms, names, references)
     majority = {"name": "majority class", "n": 1, "parts": {}, "tasks": {}, "ends": {}}
     scores = {task: statistics.fmean(example[task]["majority"].values()) for task in tasks}
     parts = {task: example[task]["majority"] for task in tasks}
@@ -292,31 +277,8 @@ def make_table(runs, floors, recipe, baseline, tokens):
     scored = [f for f in floors if f.entries]
     floor = make_row("random weights", scored, tasks, floor_seeds)
 
-    for task in tasks:
-        e = example[task]
-        if e["rows"] != e["official"] or e["trained_on"] != e["rows"][0]:
-            counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
-            counts[0] = f"{e['trained_on']} of {e['official'][0]}"
-            notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
-    for row in (floor, *rows):
-        short = [f"{task} {len(of['seeds'])}" for task, of in row["tasks"].items()
-                 if len(of["seeds"]) < row["n"]]
-        if short:
-            notes.append(f"{row['name']}: scored for fewer than its {row['n']} seeds: "
-                         + ", ".join(short))
-    own, used = {seen[0]["recipe"].get("lr")}, {}
-    for task, rates in tried.items():
-        best = sorted({e["recipe"].get("lr") for f in floors for e in f.entries
-                       if e["task"] == task})
-        if rates != own:
-            used.setdefault(f"{' or '.join(map(str, best))} (of {len(rates)})", []).append(task)
-    if used:
-        notes.append("random weights at the best --lr that was scored: " + "; ".join(
-            f"{rate} on {', '.join(on)}" for rate, on in used.items()))
-    alone = [task for task, rates in tried.items() if rates == own]
-    if alone and not seen[0]["recipe"].get("freeze"):
-        notes.append("random weights were scored at the --lr of the runs alone, a lower may suit: "
-                     + ", ".join(alone))
+    notes += told_rows(example) + told_seeds([floor, *rows])
+    notes += told_rates(floors, tried, seen[0]["recipe"])
     notes += validity(arms[plainest], rows[plainest], floor, example) if random else [
         "NO COMPARISON COUNTS YET, there is no random arm that shows whether pretraining pays"]
     run = runs[0]
@@ -375,6 +337,72 @@ def reference(arms, i, random, plainest):
     if i in random or not random:
         return plainest
     return min(random, key=lambda j: (len(differing(arms[i][0], arms[j][0])), plain(arms[j][0])))
+
+
+def compare_rows(rows, arms, names, references):
+    """Put into each row what it costs and how it differs, against the row of its reference (an
+    index, or None). -> notes on contrasts that are not of masking alone"""
+    notes = []
+    for row, members in zip(rows, arms):
+        for what in ("flops", "flops_with_teacher", "seconds"):
+            row[what] = statistics.fmean(getattr(run, what) for run in members)
+    for row, members, name, j in zip(rows, arms, names, references):
+        if j is None:
+            continue
+        base, row["baseline"] = rows[j], names[j]
+        for ratio, what in (("cost", "flops"), ("cost_with_teacher", "flops_with_teacher"),
+                            ("time", "seconds")):
+            row[ratio] = row[what] / base[what] if base[what] else None
+        if row is base:
+            continue
+        row["against"] = {end: paired(row["ends"][end]["seeds"], base["ends"][end]["seeds"])
+                          for end in row["ends"] if end in base["ends"]}
+        more = differing(members[0], arms[j][0])
+        if more and members[0].flags["masking"] != "random":
+            notes.append(f"{name}, against {names[j]}: not of masking alone, they differ in "
+                         + ", ".join(flag.replace("_", "-") for flag in more))
+    return notes
+
+
+def told_rows(example):
+    """{task: a score} -> notes on the tasks of which not all official rows were there."""
+    notes = []
+    for task, e in sorted(example.items(), key=lambda item: list(TASKS).index(item[0])):
+        if e["rows"] != e["official"] or e["trained_on"] != e["rows"][0]:
+            counts = [f"{n} of {m}" for n, m in zip(e["rows"], e["official"])]
+            counts[0] = f"{e['trained_on']} of {e['official'][0]}"
+            notes.append(f"{task} {counts[0]} (training), {', '.join(counts[1:])} (development)")
+    return notes
+
+
+def told_seeds(rows):
+    """-> notes on rows whose tasks have fewer seeds than their n says."""
+    notes = []
+    for row in rows:
+        short = [f"{task} {len(of['seeds'])}" for task, of in row["tasks"].items()
+                 if len(of["seeds"]) < row["n"]]
+        if short:
+            notes.append(f"{row['name']}: scored for fewer than its {row['n']} seeds: "
+                         + ", ".join(short))
+    return notes
+
+
+def told_rates(floors, tried, recipe):
+    """-> notes on the rates of random weights: which were best, and where no other was tried."""
+    notes, used, own = [], {}, {recipe.get("lr")}
+    for task, rates in tried.items():
+        best = sorted({e["recipe"].get("lr") for f in floors for e in f.entries
+                       if e["task"] == task})
+        if rates != own:
+            used.setdefault(f"{' or '.join(map(str, best))} (of {len(rates)})", []).append(task)
+    if used:
+        notes.append("random weights at the best --lr that was scored: " + "; ".join(
+            f"{rate} on {', '.join(on)}" for rate, on in used.items()))
+    alone = [task for task, rates in tried.items() if rates == own]
+    if alone and not recipe.get("freeze"):
+        notes.append("random weights were scored at the --lr of the runs alone, a lower may suit: "
+                     + ", ".join(alone))
+    return notes
 
 
 def validity(runs, row, floor, example):
