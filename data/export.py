@@ -5,7 +5,8 @@
     DIR/tokenizer.json         the same vocabulary for the tokenizers library, which plain
     DIR/tokenizer_config.json  transformers has; sentencepiece is not needed there
 
-The logits and the ids are the same; tests/test_export.py compares them where transformers is.
+The logits and the ids are the same, for text with [MASK] too; tests/test_export.py compares them
+where transformers is. Other special tokens in a text are tokens there and mere text here.
 """
 
 import base64
@@ -139,8 +140,9 @@ def tokenizer_json(tokenizer):
         {"type": "Precompiled", "precompiled_charsmap":
          base64.b64encode(normalization(sp.serialized_model_proto())).decode()},
         {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-        # spaces alone: to sentencepiece a line's end is a character like others
-        {"type": "Replace", "pattern": {"Regex": r"\A +| +\z"}, "content": ""}]}
+        # Spaces alone: to sentencepiece a line's end is a character like others. One in front
+        # stays: after [MASK] it begins a word, and a text's own is what would be put there.
+        {"type": "Replace", "pattern": {"Regex": r" +\z"}, "content": ""}]}
 
     def template(*parts):
         return [{kind: {"id": name, "type_id": type_id}} for kind, name, type_id in parts]
@@ -150,7 +152,7 @@ def tokenizer_json(tokenizer):
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
         "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always",
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
                           "split": True},
         "post_processor": {
             "type": "TemplateProcessing", "single": template(*first),

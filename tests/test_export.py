@@ -17,7 +17,7 @@ import model as model_script
 from data import corpus as corpora
 from data.export import fields, interleave, safetensors
 from data.files import UserError, run_script, save_tensors, write_json
-from data.tokenizer import Tokenizer
+from data.tokenizer import CLS, MASK, SEP, Tokenizer
 from model import Bert, Shape, load
 from tests.test_data import write_corpus
 
@@ -62,6 +62,16 @@ def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):
     call(monkeypatch, runs["rotary"], "--fill", "The [MASK] reads the [MASK].")
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(len(re.findall(r"\S+ 0\.\d{3}", line)) == 5 for line in lines)
+    model, tokenizer = load(runs["rotary"])
+    ids = torch.tensor([[CLS, *tokenizer.encode_with_masks("The [MASK] reads the [MASK]."), SEP]])
+    where = (ids[0] == MASK).nonzero().flatten()
+    with torch.inference_mode():
+        best = model(ids)[0, where].softmax(-1).topk(5)
+    guesses = model_script.fill_mask(model, tokenizer, "The [MASK] reads the [MASK].")
+    assert [[piece for piece, _ in row] for row in guesses] == [
+        [tokenizer.pieces[i] for i in row] for row in best.indices.tolist()]
+    assert [[p for _, p in row] for row in guesses] == [
+        pytest.approx(row, abs=1e-5) for row in best.values.tolist()]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -158,7 +168,11 @@ def test_auto_tokenizer_gives_the_same_ids(runs, exported):
     a, b = ours.encode("one word"), ours.encode("and another")
     assert pair["input_ids"] == [2, *a, 3, *b, 3]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    assert theirs("a [MASK] b")["input_ids"].count(4) == 1 and theirs.model_max_length == 64
+    for text in ("a [MASK] b", "[MASK]", "the model [MASK] a new [MASK].", "[MASK] reads the text",
+                 "read[MASK]s [MASK] [MASK]", "the reader, [MASK], reads ([MASK])"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode_with_masks(text), text
+    assert theirs.model_max_length == 64
     assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id,
             theirs.mask_token_id] == [0, 1, 2, 3, 4]
     for text in texts:
