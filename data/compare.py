@@ -117,8 +117,8 @@ def group_arms(runs):
     for run in runs:
         arm = arms.setdefault(arm_key(run), {})
         if run.seed in arm:
-            raise UserError(f"{arm[run.seed].path} and {run.path} are the same arm and seed: give "
-                            "one of them")
+            raise UserError(f"{arm[run.seed].path} and {run.path} are the same arm and seed "
+                            "(teachers are told apart by their FLOPs alone): give one of them")
         arm[run.seed] = run
     return [list(arm.values()) for arm in arms.values()]
 
@@ -320,15 +320,17 @@ def at_best_rate(floors, recipe, data):
 
 def differing(run, other):
     """The flags, beside those that choose tokens, in which two runs differ."""
-    return [flag for flag, value in run.flags.items() if flag not in NOT_WHAT | CHOOSING
-            and other.flags.get(flag) != value]
+    flags = [flag for flag, value in run.flags.items() if flag not in NOT_WHAT | CHOOSING
+             and other.flags.get(flag) != value]
+    begun = [bool(r.flags.get("begin_from")) for r in (run, other)]
+    return flags + (["begin_from"] if begun[0] != begun[1] else [])
 
 
 def plain(run):
-    """Small for the random arm that the others are measured by: no distillation, one rate."""
+    """Small for the random arm that the others are measured by: no distillation, one rate..."""
     flags = run.flags
-    return flags["distill"] != "off", flags["mask_rate"] != flags["mask_rate_end"], bool(
-        run.flops_of)
+    return (flags["distill"] != "off", flags["mask_rate"] != flags["mask_rate_end"],
+            bool(run.flops_of), bool(flags.get("begin_from")))
 
 
 def reference(arms, i, random, plainest):
@@ -340,13 +342,14 @@ def reference(arms, i, random, plainest):
 
 
 def compare_rows(rows, arms, names, references):
-    """Put into each row what it costs and how it differs, against the row of its reference (an
-    index, or None). -> notes on contrasts that are not of masking alone"""
+    """Put into each row its flags, what it costs and how it differs, against the row of its
+    reference (an index, or None). -> notes on contrasts that are not of masking alone"""
     notes = []
     for row, members in zip(rows, arms):
         for what in ("flops", "flops_with_teacher", "seconds"):
             row[what] = statistics.fmean(getattr(run, what) for run in members)
     for row, members, name, j in zip(rows, arms, names, references):
+        row["flags"] = {k: v for k, v in members[0].flags.items() if k not in NOT_WHAT}
         if j is None:
             continue
         base, row["baseline"] = rows[j], names[j]

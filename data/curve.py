@@ -11,28 +11,36 @@ alike, and the majority class. Tokens are on a logarithmic axis.
 import argparse
 import json
 import math
+import re
 from html import escape
 from pathlib import Path
 
 from data.files import UserError, refuse_command, run_script, write_atomic
 
 WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 720, 400, 60, 190, 40, 50
+SCHEDULE = {"steps", "warmup_frac", "decay_frac"}  # may differ from point to point
 COLOURS = ["#1f77b4", "#d62728", "#2ca02c", "#9467bd", "#ff7f0e"]
 
 
 def read_points(tables, score):
     """Tables of glue.py -> ({arm: [(tokens, mean)]}, {floor: mean over the tables}). UserError
-    where they differ in more than tokens."""
+    where they differ in more than tokens and the schedule that goes with them."""
     if len({(repr(table["recipe"]), table["subject"]) for table in tables}) > 1:
         raise UserError("these scores differ in recipe, corpus or size, not only in tokens: name "
                         "the recipe to glue.py --table, and give it runs of one size")
-    arms, floors = {}, {}
+    arms, floors, flags = {}, {}, {}
     for table in tables:
         for rows, into in ((table["rows"], arms), (table["floors"], floors)):
             for row in rows:
+                name = re.sub(r", steps \d+", "", row["name"])
+                own = {k: v for k, v in row.get("flags", {}).items() if k not in SCHEDULE}
+                if flags.setdefault(name, own) != own:  # a name tells arms of one table apart
+                    differ = sorted(k for k in own if own[k] != flags[name].get(k))
+                    raise UserError(f"the arm {name} has another {', '.join(differ)} at "
+                                    f"{table['tokens']} tokens: give glue.py the runs of one arm")
                 value = row["ends"].get(score) or row["tasks"].get(score)
                 if value:
-                    into.setdefault(row["name"], []).append((table["tokens"], value["mean"]))
+                    into.setdefault(name, []).append((table["tokens"], value["mean"]))
     return ({name: sorted(points) for name, points in arms.items()},
             {name: sum(y for _, y in points) / len(points) for name, points in floors.items()})
 
@@ -43,6 +51,7 @@ def ticks(low, high, count=6):
     size = 10 ** math.floor(math.log10(raw))
     step = next(size * m for m in (1, 2, 5, 10) if size * m >= raw)
     first, last = math.floor(low / step), math.ceil(high / step)
+    last = max(last, first + 1)
     return [i * step for i in range(first, last + 1)]
 
 
@@ -114,6 +123,11 @@ def main():
         raise UserError(f"cannot read {a.scores}: {error.strerror}")
     except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{a.scores} is not what glue.py prints with --json")
+    try:
+        if Path(a.picture).exists() and not Path(a.picture).read_bytes().startswith(b"<svg"):
+            raise UserError(f"{a.picture} exists and is no picture: give another name")
+    except OSError as error:
+        raise UserError(f"cannot write {a.picture or 'a picture without a name'}: {error.strerror}")
     if not arms:
         raise UserError(f"{a.scores} has no score named {a.score}")
     label = {"primary": "primary endpoint: mean accuracy of MNLI-m, QNLI, SST-2, QQP",

@@ -44,8 +44,8 @@ def cells(table, parts=False):
     for row in table["rows"]:
         costs = [f"{row[c]:.2f}" if row[c] else "-" for c in ("cost", "cost_with_teacher", "time")]
         compared = itertools.chain.from_iterable(
-            ["", "", ""] if "against" not in row else show_against(row["against"].get(end))
-            for end in ends)
+            ["", "", ""] if "against" not in row else show_against(row["against"][end])
+            if end in row["against"] else ["not scored on all tasks", "-", "-"] for end in ends)
         base = row["baseline"] if "against" in row else ""
         against.append([row["name"], base, *costs, *compared])
     return scores, against

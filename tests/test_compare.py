@@ -1,5 +1,6 @@
 """Statistics, tables and the curve, by hand.   python -m pytest tests/test_compare.py -q"""
 
+import json
 import math
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -214,6 +215,12 @@ def test_a_contrast_is_of_masking_alone_or_says_what_else_it_is_of():
     more = [note for note in table["notes"] if "not of masking alone" in note]
     assert more == ["self, lr 0.001, against random: not of masking alone, they differ in lr"]
     assert "| random" + kd + " | 1.00 |" in show_tables([table], markdown=True)
+    # From one trunk: the contrast is with the random arm that was continued, too.
+    trunk = {"begin_from": "runs/trunk"}
+    further = [fake_run(0, {"RTE": 55.0}, **trunk), fake_run(0, {"RTE": 56.0}, "self", **trunk)]
+    table, = C.make_tables([*further, fake_run(0, {"RTE": 50.0})], {})
+    assert [row["baseline"] for row in table["rows"]] == ["random", "random, continued", "random"]
+    assert [row["against"]["mean"]["difference"] for row in table["rows"][:2]] == [5, 1]
     table, = C.make_tables(runs, {}, [r.path for r in runs if r.flags["masking"] == "random"
                                       and r.flags["distill"] == "off"])
     assert {row["baseline"] for row in table["rows"]} == {"random"}
@@ -228,7 +235,7 @@ def test_scores_that_are_missing_or_of_other_rows():
     tasks = table["rows"][1]["tasks"]
     assert tasks["RTE"]["mean"] == 62 and "CoLA" not in tasks
     assert table["rows"][0]["ends"]["mean"]["mean"] == 35 and not table["rows"][1]["ends"]
-    assert "-" in show_tables([table])
+    assert "not scored on all tasks" in show_tables([table])
     runs = [fake_run(0, {"CoLA": 20.0, "RTE": 60.0, "WNLI": 10.0}), fake_run(1, {"CoLA": 40.0})]
     table, = C.make_tables(runs, {})
     assert table["rows"][0]["ends"]["mean"]["mean"] == 40  # without WNLI
@@ -266,9 +273,28 @@ def test_the_curve_has_a_point_per_arm_and_token_count(tmp_path):
     for wanted in ("primary", "STS-B"):
         assert curve.read_points(tables, wanted)[0]["self"][0][0] == 5e6
     assert curve.read_points(tables, "nothing") == ({}, {})
+    longer = fake_run(0, scores, tokens=int(4e7), select="high", steps=400)
+    with pytest.raises(UserError, match="the arm random has another select at 40000000 tokens"):
+        curve.read_points([*tables, *C.make_tables([longer], floor_of(50.0))], "RTE")
     with pytest.raises(UserError, match="recipe"):
         curve.read_points([*tables, {**tables[0], "recipe": {"lr": 2}}], "primary")
+    assert curve.draw({"random": [(5e6, 0.0)]}, {}, "")  # every value is the same
     assert curve.ticks(0.12, 0.71) == pytest.approx([i / 10 for i in range(1, 9)])
+
+
+def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch):
+    tables = C.make_tables([fake_run(0, {task: 60.0 for task in G.TASKS})], floor_of(50.0))
+    scores, picture = tmp_path / "scores.json", tmp_path / "curve.svg"
+    scores.write_text(json.dumps(tables))
+    for target in (picture, picture, scores, tmp_path, ""):
+        monkeypatch.setattr("sys.argv", ["curve", str(scores), str(target)])
+        if target == picture:  # its own picture may be drawn anew
+            curve.main()
+            assert picture.read_text().startswith("<svg")
+        else:
+            with pytest.raises(UserError, match="is no picture|cannot write"):
+                curve.main()
+            assert scores.read_text() == json.dumps(tables)
 
 
 def test_labels_of_the_curve_do_not_lie_on_one_another():
