@@ -95,6 +95,8 @@ def readable(path):
         raise UserError(f"{path} is not UTF-8 ({error.reason}): convert it, for example with iconv")
     except (EOFError, lzma.LZMAError, zlib.error, zipfile.BadZipFile, tarfile.TarError) as error:
         raise UserError(f"{path} is damaged: {error}")
+    except RuntimeError as error:  # a .zip with a password, or packed in a way Python cannot read
+        raise UserError(f"cannot read {path}: {error}")
     except OSError as error:  # bz2 and gzip also report a damaged archive this way
         raise UserError(f"cannot read {path}: {error.strerror or error}")
 
@@ -193,7 +195,8 @@ def extract_docs(cache):
     lock = lock_folder(cache)
     stdlib = roots[0]
     files = [p for root in roots for p in sorted(root.rglob("*.py"))
-             if root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts)]
+             if p.is_file()  # and not a link to nothing, such as an editor's lock
+             and (root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts))]
     seen, documents = set(), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # invalid escapes and the like in other people's sources

@@ -214,8 +214,10 @@ def lock_folder(folder, wait=False):
         raise UserError(f"cannot write in {folder}: {error.strerror}")
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except BlockingIOError:
         raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
+    except OSError as error:
+        raise UserError(f"cannot lock {folder}: {error.strerror}")
     return handle
 
 

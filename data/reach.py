@@ -43,6 +43,14 @@ def losses(model, inputs, positions, labels, window):
     return torch.cat(result)
 
 
+def elsewhere(inputs, positions, labels):
+    """Does a masked token stand in sight elsewhere in its block? -> (N, k) twice: more than 8
+    places away; nowhere."""
+    distance = (positions[..., None] - torch.arange(inputs.shape[1])).abs()  # (N, k, T)
+    same = inputs[:, None] == labels[..., None]
+    return (same & (distance > 8)).any(-1), ~(same & (distance > 0)).any(-1)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -69,9 +77,7 @@ def main():
 
     counts = torch.as_tensor(text.counts).double()
     rare = (counts / counts.sum())[labels] < 1e-4
-    distance = (positions[..., None] - torch.arange(tokens.shape[1])).abs()  # (N, k, T)
-    same = inputs[:, None] == labels[..., None]
-    again, once = (same & (distance > 8)).any(-1), ~(same & (distance > 0)).any(-1)
+    again, once = elsewhere(inputs, positions, labels)
     groups = {"all": labels >= 0, "rare, repeated": rare & again, "rare, single": rare & once}
     groups = {name: group for name, group in groups.items() if group.any()}
     print(f"{a.run}: loss in nats, and what is lost against seeing everything +- a standard error")

@@ -60,6 +60,15 @@ def test_a_window_hides_what_is_outside_and_nothing_else(run):
                           atol=1e-5)
 
 
+def test_a_token_that_stands_elsewhere_is_repeated_or_near_and_else_single():
+    inputs = torch.full((1, 24), 9)
+    positions = torch.tensor([[2, 4, 6]])
+    inputs[0, [2, 4, 6]] = MASK
+    inputs[0, 20], inputs[0, 5] = 50, 51  # 18 places from the first, one from the second
+    again, once = reach.elsewhere(inputs, positions, torch.tensor([[50, 51, 52]]))
+    assert again.tolist() == [[True, False, False]] and once.tolist() == [[False, False, True]]
+
+
 def test_reach_prints_a_line_per_window(run, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["reach", str(run), "--blocks", "4"])
     reach.main()
