@@ -64,13 +64,13 @@ def entropy(logits):
     """H(p) = -sum_v p_v ln p_v for p = softmax(logits): (..., V) -> (...), nats, float32.
 
     Computed as logsumexp(z) - sum_v p_v z_v with z shifted by its maximum. No p ln p, so no 0 ln 0;
-    and never negative, though the difference of two nearly equal numbers could be.
+    and never negative: as no z is above 0 and one is 0, neither term can be.
     """
     z = logits.float()
     z = z - z.amax(-1, keepdim=True)
     e = z.exp()
     total = e.sum(-1)
-    return (total.log() - torch.linalg.vecdot(e, z) / total).clamp_min(0)
+    return total.log() - torch.linalg.vecdot(e, z) / total
 
 
 def entropy_of(log_p):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 import glue
 from data.files import lock_folder, read_json, write_json
+from data.runs import read_log
 from data.tasks import TASKS
 from model import Bert, Shape
 from tests.test_glue_data import LABELS, write_task
@@ -250,36 +251,40 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_keeps_the_scores(folder, mon
     assert len(scores(folder / "self")) == 1
 
 
-def test_one_update_is_that_of_torch_by_hand():
-    """The first step of fine_tune against an independent one: gradient, clipping, AdamW."""
+def test_updates_are_those_of_torch():
+    """Four steps of fine_tune against plain ones: gradient, clipping, schedule, AdamW, decay."""
     labels = [0, 1, 1, 0]
     rows = rows_of([7, 7, 7, 7], 4)
     torch.manual_seed(0)
     bert = Bert(Shape(99, 1, 64, 32, dropout=0.0))
     torch.manual_seed(0)
     twin = Bert(Shape(99, 1, 64, 32, dropout=0.0))
-    glue.fine_tune(bert, 2, rows, labels, [], options(warmup_frac=0.0), 5, CPU,
-                   glue.contextlib.nullcontext, lambda *_: None)
+    glue.fine_tune(bert, 2, rows, labels, [], options(
+        epochs=4, warmup_frac=0.25, clip=0.01, weight_decay=0.1), 5, CPU,
+        glue.contextlib.nullcontext, lambda *_: None)
     torch.manual_seed(5)
     head = torch.nn.Linear(64, 2)
     torch.nn.init.normal_(head.weight, std=0.02)
     torch.nn.init.zeros_(head.bias)
     tokens = torch.tensor(np.stack([ids for ids, _ in rows]).astype(np.int64))
     types = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * 4)
-    logits = head(twin.encode(tokens, None, types).mean(1))
-    loss = F.cross_entropy(logits, torch.tensor(labels))
     parameters = [*twin.parameters(), *head.parameters()]
-    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    norm = sum((g**2).sum() for g in grads if g is not None) ** 0.5
-    by_name = dict(zip([n for n, _ in twin.named_parameters()], grads))
-    for name, p in bert.named_parameters():
-        old, grad = dict(twin.named_parameters())[name], by_name[name]
-        if grad is None:  # the MLM head is not part of it
-            assert torch.equal(old, p)
-        else:
-            grad = grad * min(1, 1 / norm)
-            torch.testing.assert_close(p, old - 1e-3 * grad /
-                                       (grad.abs() + 1e-6), rtol=0, atol=2e-5)
+    groups = [{"params": [p for p in parameters if (p.dim() > 1) == decays],
+               "weight_decay": 0.1 * decays} for decays in (True, False)]
+    adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
+    for rate in (1e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3):  # one step of warm-up, then down to 0
+        loss = F.cross_entropy(head(twin.encode(tokens, None, types).mean(1)), torch.tensor(labels))
+        adam.zero_grad()
+        loss.backward()
+        norm = sum(p.grad.square().sum() for p in parameters if p.grad is not None) ** 0.5
+        for p in parameters:
+            if p.grad is not None:
+                p.grad *= 0.01 / norm
+        for group in adam.param_groups:
+            group["lr"] = rate
+        adam.step()
+    for (name, p), q in zip(bert.named_parameters(), twin.parameters()):
+        torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=name)
 
 
 def test_the_floor_is_the_run_before_its_first_update(folder):
@@ -292,6 +297,8 @@ def test_the_floor_is_the_run_before_its_first_update(folder):
             q = q[:1].repeat(2, 1)
         assert torch.equal(p, q), name
     assert floor.shape.dropout == 0.2 and glue.build(run, 0.3).shape.dropout == 0.3
+    log, config = read_log(folder / "random"), read_json(folder / "random" / "config.json")
+    assert run.margin == pytest.approx(0.9 * config["unigram_entropy"] - log[-1]["val_loss"])
     assert glue.make_floor(run, 0, folder).model != glue.make_floor(run, 1, folder).model
 
 

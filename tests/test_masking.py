@@ -60,6 +60,16 @@ def test_entropy_equals_float64():
     assert np.allclose(M.entropy_of(logits.log_softmax(-1)).numpy(), H, atol=1e-5)
 
 
+def test_dropout_s_stream_is_a_function_of_seed_step_and_row():
+    def drawn(*where):
+        M.seed_dropout(*where)
+        return torch.rand(9)
+
+    assert torch.equal(drawn(1, 2, 3), drawn(1, 2, 3))
+    for other in ((2, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert not torch.equal(drawn(1, 2, 3), drawn(*other))
+
+
 def test_entropy_of_uniform_and_of_certain():
     assert M.entropy(torch.full((1, V), 3.0)).item() == pytest.approx(np.log(V), abs=1e-5)
     certain = torch.full((1, V), -1e4)
@@ -177,6 +187,21 @@ def test_mix_is_half_entropy_half_uniform():
     assert torch.allclose(shares[4:21], torch.full((17,), 3 / 17), atol=0.012)
 
 
+def test_mix_takes_its_random_half_from_outside_the_pool_too():
+    """k = 5: the two highest of a pool of ten, and three of the eighteen other tokens."""
+    n, k = 20_000, 5
+    tokens, noise = rows_of(n, 22), noise_of(n, 22)
+    H = torch.rand(n, 22, generator=torch.Generator().manual_seed(0))
+    pool = M.top_k(torch.zeros(n, 22).masked_fill(tokens < N_SPECIAL, -torch.inf), 2 * k,
+                   noise[M.POOL])
+    best = pool.gather(1, H.gather(1, pool).topk(2).indices)
+    is_best, in_pool = (torch.zeros(n, 22).scatter(1, x, 1.0) for x in (best, pool))
+    positions = M.choose(tokens, k, table(H), "mix", 2, noise)
+    assert (is_best.gather(1, positions).sum(1) == 2).all()
+    others = in_pool.gather(1, positions).sum(1) - 2
+    assert others.mean().item() == pytest.approx(3 * 8 / 18, abs=0.02)
+
+
 def test_ties_are_broken_at_random_not_by_position():
     n = 20_000
     tokens = rows_of(n, 22)
@@ -279,7 +304,8 @@ def test_diagnosis_on_a_known_strategy():
     pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
     counts = np.arange(V)
     kinds = M.token_kinds(pieces, counts)
-    assert kinds["rare"].sum() == 100 and kinds["frequent"].sum() == 100
+    for kind, which in (("rare", range(100)), ("frequent", range(200, 300))):
+        assert kinds[kind].nonzero().flatten().tolist() == list(which)
     H = kinds["number"].float()[tokens]
     k = int(H[:, 1:-1].sum(1).min())
     found = M.diagnose(model, tokens, k, lambda t, n: M.choose(t, k, table(H), "high", 0, n),
@@ -289,6 +315,14 @@ def test_diagnosis_on_a_known_strategy():
     assert found["number"] == pytest.approx([1.0, (inner % 3 == 0).float().mean().item()])
     assert found["word_internal"] == pytest.approx([0.0, (inner % 3 == 2).float().mean().item()])
     assert found["rate"] == pytest.approx(k / 32)
+    noise = {p: M.draw(M.DIAGNOSIS_SEED, 0, p, 10, T) for p in (M.POOL, M.SELECT, M.HALF)}
+    chosen = M.choose(tokens, k, table(H), "high", 0, noise)
+    assert H.gather(1, chosen).all()
+    with torch.no_grad():
+        logits = model(tokens.scatter(1, chosen, MASK), chosen)
+    p, answers = logits.double().softmax(-1), tokens.gather(1, chosen)
+    assert found["entropy"][0] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-4)
+    assert found["accuracy"][0] == (logits.argmax(-1) == answers).float().mean().item()
     assert found["overlap"][1] == pytest.approx(k / 32) and found["overlap"][0] > 2 * k / 32
 
 

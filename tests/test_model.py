@@ -22,7 +22,7 @@ def tokens_of(rows, length, seed=0):
     return torch.randint(5, V, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-def naive_forward(model, tokens, attend):
+def naive_forward(model, tokens, attend, types):
     """BERT written again in float64, one head and one position pair at a time."""
     shape = model.shape
     w = {n: p.double() for n, p in model.state_dict().items()}
@@ -39,7 +39,7 @@ def naive_forward(model, tokens, attend):
         return x * 0.5 * (1 + torch.erf(x / math.sqrt(2)))
 
     B, T = tokens.shape
-    x = w["token_embedding.weight"][tokens] + w["type_embedding.weight"][0]
+    x = w["token_embedding.weight"][tokens] + w["type_embedding.weight"][types]
     if shape.positions == "learned":
         x = x + w["position_embedding.weight"][:T]
     x = norm(x, "norm")
@@ -77,10 +77,13 @@ def test_forward_equals_a_naive_float64_bert(positions):
     tokens = tokens_of(3, 20)
     attend = torch.ones(3, 20, dtype=torch.bool)
     attend[1, 12:] = False
+    none, some = torch.zeros(3, 20, dtype=torch.long), torch.arange(60).view(3, 20) % 2
     with torch.no_grad():
-        expected = naive_forward(model, tokens, attend)
-        actual = model(tokens, attend=attend)
-    assert torch.allclose(actual.double(), expected, atol=1e-5)
+        for types in (none, some):
+            expected = naive_forward(model, tokens, attend, types)
+            actual = model(tokens, None, types, attend)
+            assert torch.allclose(actual.double(), expected, atol=1e-5)
+        assert torch.equal(model(tokens), model(tokens, None, none))
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
@@ -142,13 +145,13 @@ def test_padding_changes_nothing(positions):
 
 
 def test_rotary_logits_depend_on_distance_alone_and_start_local():
-    model = make(init_std=1e-6)
-    attention = model.blocks[0].attention
-    q = attention.qkv.bias[:128].view(2, 64)[0]
-    assert torch.equal(q, torch.ones(64))
+    model = make(local_start=1.0)
+    for block in model.blocks:
+        q, k, v = block.attention.qkv.bias.view(3, 2, 64)
+        assert (q == 1).all() and (k == 1).all() and (v == 0).all()
     from model import rotate
-    turned = rotate(q.expand(1, 1, 32, 64), model.cos[:32], model.sin[:32])[0, 0]
-    logits = turned @ turned.T / 8
+    q, k = (rotate(x[0].expand(1, 1, 32, 64), model.cos[:32], model.sin[:32])[0, 0] for x in (q, k))
+    logits = q @ k.T / 8
     for distance in range(5):
         diagonal = logits.diagonal(distance)
         assert torch.allclose(diagonal, diagonal[0].expand_as(diagonal), atol=1e-4)
@@ -157,6 +160,16 @@ def test_rotary_logits_depend_on_distance_alone_and_start_local():
         by_hand = sum(2 * math.cos(100 ** (-i / 32) * distance) for i in range(32)) / 8
         assert logits[0, distance].item() == pytest.approx(by_hand, abs=1e-4)
     assert logits[0, 0] > logits[0, 1] > logits[0, 2] > logits[0, 4]
+
+
+def test_the_initial_weights_have_the_deviation_that_was_asked_for():
+    for std in (0.02, 0.08):
+        model = make(init_std=std)
+        for name, p in model.named_parameters():
+            if p.dim() == 2 and p.numel() > 10_000:
+                # a normal distribution cut at two deviations keeps 0.8796 of its deviation
+                assert p.std().item() == pytest.approx(0.8796 * std, rel=0.03), name
+                assert p.abs().max() <= 2 * std
 
 
 def test_head_is_tied_and_names_are_unique():
@@ -201,6 +214,15 @@ def test_dropout_is_off_in_eval():
         assert not torch.equal(model(tokens), model(tokens))
         model.eval()
         assert torch.equal(model(tokens), model(tokens))
+
+
+def test_dropout_acts_once_on_the_embeddings_and_three_times_in_a_block(monkeypatch):
+    seen, forward = [], Dropout.forward
+    monkeypatch.setattr(Dropout, "forward",
+                        lambda self, x: seen.append(x.shape) or forward(self, x))
+    make(layers=3, dropout=0.3).train()(tokens_of(2, 20))
+    hidden, attention = (2, 20, 128), (2, 2, 20, 20)
+    assert seen == [hidden, *[attention, hidden, hidden] * 3]
 
 
 def test_copy_weights_takes_every_second_block():

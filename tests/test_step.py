@@ -27,6 +27,13 @@ def test_learning_rate():
     assert lr_at(9, 10, 1.0, 0.2, 0.0) == 1.0
 
 
+def test_the_mask_rate_falls_linearly():
+    a = Namespace(**{**train.DEFAULTS, "masking": "random", "init_frac": 0.0, "steps": 100,
+                     "mask_rate": 0.3, "mask_rate_end": 0.1})
+    # of 126 tokens: 30 %, 20 %, 10.2 %; the step after the last is only evaluated
+    assert [train.plan(a, step)[0] for step in (0, 50, 99, 100)] == [38, 25, 13, 13]
+
+
 def test_presets_name_flags_that_exist_with_values_of_their_types():
     for name, preset in train.PRESETS.items():
         flags = {**train.DEFAULTS, **preset}
