@@ -19,13 +19,11 @@ import numpy as np
 import pytest
 import torch
 
-import masking as M
 import train
 from data import corpus as corpora
 from data.files import UserError, load_tensors, lock_folder, read_json, write_json
 from data.runs import check_flags, read_log
-from data.tokenizer import MASK
-from model import Bert, Shape, fill_mask, load
+from model import fill_mask, load
 from tests.test_data import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -252,65 +250,6 @@ def test_arms_with_one_seed_share_weights_data_and_first_masks(folder, teacher, 
     assert a[:-1] and [x["val_loss"] for x in a if "val_loss" in x] == [
         x["val_loss"] for x in b if "val_loss" in x]
     assert what_was_logged(teacher) == what_was_logged(folder / "pair-a")  # and runs repeat
-
-
-@pytest.mark.parametrize("scorer", ["random", "entropy", "self"])
-def test_an_update_by_hand(scorer, folder, monkeypatch):
-    """Two updates of train.py written again: who scores, who teaches, the loss, clipping, AdamW."""
-    teacher = folder / "hand-teacher"
-    if not teacher.exists():  # long enough that its entropies are no near ties
-        call(command(folder, teacher.name, "--masking", "random", "--steps", "150", "--lr", "5e-3",
-                     "--dropout", "0"), monkeypatch)
-    flags = ["--masking", scorer, "--select", "high", "--init-frac", "0", "--dropout", "0",
-             "--mask-rate", "0.3", "--distill", "complete", "--teacher", str(teacher),
-             "--alpha", "0.3", "--tau", "3", "--clip", "0.05", "--weight-decay", "0.1",
-             "--lr", "1e-3", "--warmup-frac", "0", "--decay-frac", "0", "--seed", "4"]
-    if scorer == "random":
-        flags = [f for pair in zip(flags[::2], flags[1::2]) for f in pair
-                 if pair[0] not in ("--select", "--init-frac")]
-    call(command(folder, f"hand-{scorer}", *flags, "--steps", "2", "--log-every", "1"), monkeypatch)
-    text = corpora.load(corpora.prepare(str(folder / "text.txt"), 600, folder / "cache"), 34)
-    teaching, _ = load(teacher)
-    torch.manual_seed(4)
-    model = Bert(Shape(600, 2, 64, 34, dropout=0.0))
-    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == decays],
-               "weight_decay": 0.1 * decays} for decays in (True, False)]
-    adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-6)
-    k = 10  # 30 % of 32
-    for step, logged in zip(range(2), read_log(folder / f"hand-{scorer}")[1:]):
-        tokens = corpora.batch_at(text.train, 4, step, 8)
-        noise = {p: M.draw(4, step, p, 8, 34) for p in (M.POOL, M.SELECT, M.HALF)}
-
-        def score(tokens, candidates):
-            with torch.no_grad():
-                logits = (teaching if scorer == "entropy" else model)(
-                    tokens.scatter(1, candidates, MASK), candidates)
-            p = logits.double().softmax(-1)
-            return -(p * p.log()).sum(-1).float()
-
-        positions = M.choose(tokens, k, None if scorer == "random" else score, "high", 2, noise)
-        u = M.draw(4, step, M.REPLACE, 8, 2 * k).view(8, k, 2)
-        inputs = M.replace(tokens, positions, u, 600)
-        labels = tokens.gather(1, positions)
-        student = model(inputs)[torch.arange(8)[:, None], positions].log_softmax(-1)
-        with torch.no_grad():
-            taught = teaching(inputs)[torch.arange(8)[:, None], positions] / 3
-        truth = -student.gather(-1, labels[..., None]).mean()
-        p, q = taught.softmax(-1), (student / 3).log_softmax(-1)
-        kl = (p * (p.log() - q)).sum(-1).mean()
-        adam.zero_grad()
-        (0.7 * truth + 0.3 * 9 * kl).backward()
-        used = [p for p in model.parameters() if p.grad is not None]
-        norm = sum(p.grad.square().sum() for p in used) ** 0.5
-        for p in used:
-            p.grad *= 0.05 / norm
-        adam.step()
-        assert logged["train_loss"] == pytest.approx(truth.item(), abs=1e-4)
-        assert logged["grad_norm"] == pytest.approx(norm.item(), rel=1e-3)
-    theirs = load_tensors(folder / f"hand-{scorer}" / "model.pt")["model"]
-    for name, p in model.named_parameters():
-        if name != "type_embedding.weight":  # its second row becomes a copy of the first
-            torch.testing.assert_close(theirs[name], p.detach(), rtol=0, atol=3e-5, msg=name)
 
 
 def test_micro_batches_only_cut_the_batch_up(folder, monkeypatch):
