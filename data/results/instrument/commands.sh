@@ -121,6 +121,10 @@ $G runs/mini-66M --lr 1.5e-4 --tasks SST-2,QQP,MNLI,QNLI    # random weights alo
 for lr in 5e-4 2.5e-4; do $G runs/bf16-80M --lr $lr --tasks SST-2,QQP,MNLI,QNLI; done    # 2.5e-4: random weights alone
 for lr in 1e-3 5e-4; do $G runs/bf16-80M --lr $lr --epochs 1 --tasks SST-2,QQP,MNLI,QNLI; done    # 5e-4: random weights alone
 $G runs/bf16-80M --max-train 5000 --lr 5e-4 --tasks SST-2,QQP,MNLI,QNLI    # random weights alone
+# two hours of two cores in one run: what --preset laptop-long has been since, but for the text
+python train.py --preset laptop-long --masking random --corpus FILE --dtype bfloat16 --threads 2 --steps 64000 --warmup-frac 0.003125 --eval-every 2000 --out runs/wide-131M
+$G runs/wide-131M --lr 3e-4 --tasks SST-2,QQP,MNLI,QNLI,STS-B
+$G runs/wide-131M --lr 1.5e-4 --tasks SST-2,QQP,MNLI,QNLI
 # curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
