@@ -126,6 +126,8 @@ python train.py --preset laptop-long --masking random --corpus FILE --dtype bflo
 $G runs/wide-131M --lr 3e-4 --tasks SST-2,QQP,MNLI,QNLI,STS-B
 for lr in 6e-4 1.5e-4; do $G runs/wide-131M --lr $lr --tasks SST-2,QQP,MNLI,QNLI; done    # 1.5e-4 was stopped after QQP
 $G runs/wide-131M --lr 1.5e-4 --tasks STS-B    # random weights alone
+$G runs/wide-131M --freeze --tasks SST-2,QQP,MNLI,QNLI
+$G runs/wide-131M --lr 6e-4 --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI    # the run alone; random weights: --lr 1.5e-4
 # curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
