@@ -121,7 +121,7 @@ LONG = dict(  # why these: README, "Does pretraining pay yet?"
     corpus="wikitext103", dropout=0.0, mask_rate=0.3, decay_frac=1 / 8, checkpoint_every=1000)
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
-    "laptop-long": LONG | dict(  # --masking random: an hour in bfloat16, twice that in float32
+    "laptop-long": LONG | dict(  # --masking random: an hour in bfloat16, float32 half as fast
         size="wide", steps=32_000, warmup_frac=1 / 160, eval_every=2000),
     "gpu": LONG | dict(  # a night on one GPU; some 20 epochs, so with dropout
         size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
