@@ -121,7 +121,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.metrics import majority, measure
+from data.metrics import majority, measure, right_rows
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, load, lr_at, make_optimizer, pick_machine, read_model, share_types
@@ -406,7 +406,6 @@ def work(a, subjects):
             size += sum(cost(subject, rows) for rows in devs)
             if not is_done(subject, name, seed):
                 items.append((subject, name, seed, train, devs, size))
-
     for subject, *_ in items:
         make_folder(subject.folder)
     # smoothing 0: the average speed so far; tasks differ too much for anything shorter
@@ -438,6 +437,7 @@ def work(a, subjects):
                 "task": name, "seed": seed, "recipe": recipe, "data": data.sha256,
                 "model": subject.model, "score": sum(parts.values()) / len(parts), "parts": parts,
                 "majority": majority(task, labels, data.devs), "trained_on": len(train),
+                "right": right_rows(task, outputs, data.devs),
                 "rows": [len(part) for part in (data.train, *data.devs)],
                 "official": [part.official for part in (data.train, *data.devs)],
                 "seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__,

@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 from collections import Counter
+from types import SimpleNamespace
 
 from data.files import UserError
 from data.runs import WITHOUT_CONTEXT
@@ -252,6 +253,8 @@ def make_table(runs, floors, recipe, baseline, tokens):
     example = {e["task"]: e for run in runs for e in run.entries}
     seeds = {task: set.intersection(*filter(None, (
         {e["seed"] for e in run.entries if e["task"] == task} for run in runs))) for task in tasks}
+    runs = [with_entries(run, [e for e in run.entries if e["seed"] in seeds[e["task"]]])
+            for run in runs]
     arms = group_arms(runs)
     names = arm_names(arms)
     rows = [make_row(name, members, tasks, seeds) for name, members in zip(names, arms)]
@@ -266,20 +269,18 @@ def make_table(runs, floors, recipe, baseline, tokens):
     references = [named[0] if named else reference(arms, i, random, plainest)
                   for i in range(len(arms))]
     notes += compare_rows(rows, arms, names, references)
-    majority = {"name": "majority class", "n": 1, "parts": {}, "tasks": {}, "ends": {}}
-    scores = {task: statistics.fmean(example[task]["majority"].values()) for task in tasks}
-    parts = {task: example[task]["majority"] for task in tasks}
-    ends = endpoints(scores, parts, tasks)
-    for into, values in (("tasks", scores), ("ends", ends)):
-        majority[into] = {k: mean_sd({0: v}) for k, v in values.items()}
-    majority["parts"] = {t: {p: mean_sd({0: v}) for p, v in parts[t].items()} for t in tasks}
+    constant = [{**e, "seed": 0, "parts": e["majority"],
+                 "score": statistics.fmean(e["majority"].values())} for e in example.values()]
+    majority = make_row("majority class", [SimpleNamespace(seed=0, entries=constant)], tasks,
+                        dict.fromkeys(tasks, {0}))
     floor_seeds = {task: {e["seed"] for f in floors for e in f.entries} for task in tasks}
     scored = [f for f in floors if f.entries]
     floor = make_row("random weights", scored, tasks, floor_seeds)
 
     notes += told_rows(example) + told_seeds([floor, *rows])
     notes += told_rates(floors, tried, seen[0]["recipe"])
-    notes += validity(arms[plainest], rows[plainest], floor, example) if random else [
+    notes += validity(
+        arms[plainest], rows[plainest], floors, floor, example) if random else [
         "NO COMPARISON COUNTS YET, there is no random arm that shows whether pretraining pays"]
     run = runs[0]
     return {
@@ -408,7 +409,25 @@ def told_rates(floors, tried, recipe):
     return notes
 
 
-def validity(runs, row, floor, example):
+def standard_error(task, count, runs, floors):
+    """Standard error of the difference of the mean accuracies of runs and floors (shares) over
+    `count` development rows. Both answer the same rows, many of which both get right, so what
+    varies is the difference row by row, of means over all seeds. Scores from before 2026-11-26 do
+    not say which rows were right: then that of two independent samples, which is larger."""
+    shares, variances = [], []
+    for subjects in (runs, floors):
+        entries = [e for s in subjects for e in s.entries if e["task"] == task]
+        p = statistics.fmean(primary_part(task, e["parts"]) for e in entries) / 100
+        variances.append(p * (1 - p))
+        if all(e.get("right") for e in entries):
+            bits = [f"{int(e['right'], 16):0{count}b}" for e in entries]  # a character per row
+            shares.append([row.count("1") / len(bits) for row in zip(*bits)])
+    if len(shares) < 2:
+        return math.sqrt(sum(variances) / count)
+    return statistics.pstdev(a - b for a, b in zip(*shares)) / math.sqrt(count)
+
+
+def validity(runs, row, floors, floor, example):
     """Why a comparison with this random arm does not count yet (method: a random arm on the
     plateau, or no better than random weights, would fake any gain; so would random weights that
     the recipe cannot train). -> notes"""
@@ -424,10 +443,9 @@ def validity(runs, row, floor, example):
         p1, p0 = (primary_part(task, r["parts"][task])["mean"] / 100 for r in (row, floor))
         constant = primary_part(task, example[task]["majority"]) / 100
         count = example[task]["rows"][1]
-        # Two binomial standard errors: of one share, and of a difference of two.
-        if p0 - constant <= 2 * math.sqrt(p0 * (1 - p0) / count):
+        if p0 - constant <= 2 * math.sqrt(p0 * (1 - p0) / count):  # two binomial standard errors
             reasons.append(f"random weights do not learn {task} by this recipe (a lower --lr?)")
-        error = 2 * math.sqrt((p1 * (1 - p1) + p0 * (1 - p0)) / count)
+        error = 2 * standard_error(task, count, runs, floors)
         if p1 - p0 <= error:
             reasons.append(f"{task} {100 * (p1 - p0):+.1f} against random weights, within two "
                            f"standard errors ({100 * error:.1f})")

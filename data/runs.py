@@ -10,6 +10,7 @@
 import importlib.util
 import json
 import os
+import re
 from pathlib import Path
 
 from data.download import NAMED
@@ -340,7 +341,9 @@ def is_score(entry):
             isinstance(entry.get(name), kind) for name, kind in SCORE.items()):
         return False
     task = TASKS.get(entry["task"])
-    return task is not None and all(
+    right = entry.get("right", "")  # scores from before 2026-11-26 do not have it
+    return task is not None and isinstance(right, str) and re.fullmatch(
+        "(0x[0-9a-f]+)?", right) is not None and all(
         len(rows) == 1 + len(task.dev) and all(isinstance(n, int) for n in rows)
         for rows in (entry["rows"], entry["official"])) and all(
         set(parts) == set(task.parts) and all(isinstance(v, float) for v in parts.values())

@@ -114,6 +114,36 @@ def test_a_random_arm_that_is_no_better_than_its_floor_is_not_a_baseline():
     assert any("0.30 nats below" in n and "SST-2" not in n for n in table["notes"])
 
 
+def test_the_error_of_a_difference_is_over_the_rows_that_both_answer():
+    def subject(*entries):
+        return SimpleNamespace(entries=[{"task": "SST-2", "parts": {"accuracy": 100 * share},
+                                         "right": right} for share, right in entries])
+
+    # Rows 0 to 3, the lowest bit first: shares right 1, 1, 1/2, 0; of the floor 1, 0, 0, 0.
+    runs = [subject((0.75, "0x7")), subject((0.5, "0x3"))]
+    floors = [subject((0.25, "0x1"))]
+    # Differences 0, 1, 1/2, 0: mean 3/8, squares 5/4 / 4 - 9/64 = 11/64.
+    assert C.standard_error("SST-2", 4, runs, floors) == pytest.approx(math.sqrt(11 / 64 / 4))
+    assert C.standard_error("SST-2", 4, runs, [subject((0.25, "0x1"), (0.25, "0x1"))]) == (
+        C.standard_error("SST-2", 4, runs, floors))
+    # The same answers: no error at all, where two samples would have one.
+    assert C.standard_error("SST-2", 4, [subject((0.5, "0x5"))], [subject((0.5, "0x5"))]) == 0
+    old = C.standard_error("SST-2", 4, [subject((0.5, ""))], [subject((0.5, "0x5"))])
+    assert old == pytest.approx(math.sqrt(2 * 0.25 / 4))
+    # 18 more rows right, none lost: far beyond an error by rows, within that of two samples.
+    rows = G.TASKS["SST-2"].rows[1]
+    better, floor = [fake_run(0, {task: 60.0 for task in G.TASKS})], floor_of(50.0)
+    for entries, right in ((better[0].entries, 540), (floor[Shape(600), "t"][0].entries, 522)):
+        sst2 = next(e for e in entries if e["task"] == "SST-2")
+        sst2["parts"] = {"accuracy": 100 * right / rows}
+        sst2["right"] = hex((1 << right) - 1)
+    note, = [n for n in C.make_tables(better, floor)[0]["notes"] if "it can be compared" in n]
+    for e in better[0].entries:
+        e["right"] = ""
+    note, = [n for n in C.make_tables(better, floor)[0]["notes"] if "NO COMPARISON" in n]
+    assert "SST-2 +2.1 against random weights, within two standard errors (4.7)" in note
+
+
 def test_random_weights_that_a_recipe_cannot_train_are_no_floor():
     runs = [fake_run(0, {task: 60.0 for task in G.TASKS}, name) for name in ("random", "self")]
     table, = C.make_tables(runs, floor_of(43.0))  # the majority class has 40

@@ -102,6 +102,10 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
         assert set(entries[2]["parts"]) == {"accuracy", "f1"}
         for e in entries:
             assert e["score"] == pytest.approx(np.mean(list(e["parts"].values())))
+            accuracy = e["parts"].get("accuracy", e["parts"].get("matched"))
+            if accuracy is not None:
+                assert int(e["right"], 16).bit_count() == pytest.approx(accuracy / 100 * 20)
+        assert entries[3]["task"] == "STS-B" and entries[3]["right"] == ""
 
     # The same command again computes nothing: the files do not change, the table is the same.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("glue.json")}

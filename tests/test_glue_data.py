@@ -4,6 +4,7 @@ import hashlib
 import io
 import math
 import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -278,6 +279,14 @@ def test_metrics_by_hand():
     # ties: ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4
     assert m.spearman(torch.tensor([1.0, 2, 2, 3]), a) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
     assert m.mean_ranks(torch.tensor([7.0, 1, 7, 7, 0])).tolist() == [4, 2, 4, 4, 1]
+
+
+def test_right_rows_have_a_bit_per_row_the_first_lowest():
+    sst2, dev = G.TASKS["SST-2"], SimpleNamespace(labels=[1, 0, 0, 1, 1])
+    outputs = torch.tensor([[0., 1], [0, 1], [1, 0], [0, 1], [1, 0]])  # guesses 1, 1, 0, 1, 0
+    assert m.right_rows(sst2, [outputs], [dev]) == hex(0b01101)
+    assert m.right_rows(sst2, [-outputs], [dev]) == hex(0b10010)
+    assert m.right_rows(G.TASKS["STS-B"], [outputs[:, :1]], [dev]) == ""
 
 
 def test_metrics_are_exact_in_float64():
