@@ -23,7 +23,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 
-from data.compare import group_arms, make_tables
+from data.compare import RATES, group_arms, make_tables
 from data.files import (
     UserError, add_flags, check_range, checksum, lock_folder, make_folder, refuse_command,
     run_script, sha256_file,
@@ -38,7 +38,8 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak rate (1e-3, from width 256 on 3e-4; random weights half; --freeze 3e-3)"),
+    ("lr", -1.0, "peak rate (1e-3, from width 256 on 6e-4; random weights less; --freeze 3e-3)"),
+    ("embedding-lr", -1.0, "that of the token embeddings (a tenth of --lr; random weights: --lr)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
@@ -86,14 +87,12 @@ def parse_flags():
     add_flags(parser, FLAGS)
     given = vars(parser.parse_args())
     a = argparse.Namespace(**{**DEFAULTS, "runs": [], **given})
-    if a.lr == -1:
-        a.lr = 3e-3 if a.freeze else None  # None: by the model's width, in recipe_of
     if a.epochs == -1:
         a.epochs = 10 if a.freeze else 3
 
     flags = vars(a)
     check_range(flags, "epochs batch_size clip seeds", lambda v: 0 < v < math.inf, "above 0")
-    check_range(flags, "lr", lambda v: v is None or 0 < v < math.inf, "above 0")
+    check_range(flags, "lr embedding_lr", lambda v: v == -1 or 0 < v < math.inf, "above 0")
     check_range(flags, "weight_decay max_train threads", lambda v: 0 <= v < math.inf, "0 or more")
     check_range(flags, "warmup_frac dropout", lambda v: 0 <= v < 1, "from 0 to below 1")
     check_range(flags, "max_len", lambda v: v >= 16, "at least 16")
@@ -220,14 +219,15 @@ def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
         vectors = over_rows(vector, train, device, bar)
         mean, std = vectors.mean(0), vectors.std(0, correction=0).clamp_min(1e-6)
         vectors = ((vectors - mean) / std).clone()  # clone: inference tensors cannot be trained on
-    optimizer = make_optimizer(model, a.lr, a.weight_decay)
+    optimizer = make_optimizer(model, a.lr, a.weight_decay, a.embedding_lr)
+    peaks = [group["lr"] for group in optimizer.param_groups]
     step, steps = 0, a.epochs * math.ceil(len(train) / a.batch_size)
     for epoch in range(a.epochs):
         model.train()
         total = 0.0
         for chosen in batches(lengths, a.batch_size, stream, epoch):
-            for group in optimizer.param_groups:
-                group["lr"] = lr_at(step, steps, a.lr, a.warmup_frac)
+            for group, peak in zip(optimizer.param_groups, peaks):
+                group["lr"] = lr_at(step, steps, peak, a.warmup_frac)
             seed_dropout(stream, step, 0)
             rows = [train[i] for i in chosen]
             x = vectors[chosen] if a.freeze else vector(*collate(rows, device))
@@ -310,9 +310,14 @@ def stream_of(seed, fine_tuning_seed, task):
 
 
 def recipe_of(subject, a):
-    """Unasked, random weights get half the rate: README, "The fine-tuning recipe"."""
-    lr = a.lr or (1e-3 if subject.shape.width < 256 else 3e-4) / (2 if subject.is_floor else 1)
-    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr}
+    """Unasked, the rates follow the weights: README, "The fine-tuning recipe"."""
+    by_width = (5e-4, 1.5e-4) if subject.is_floor else (1e-3, 6e-4)
+    lr, words = a.lr, a.embedding_lr
+    if lr == -1:
+        lr = 3e-3 if a.freeze else by_width[subject.shape.width >= 256]
+    if words == -1:
+        words = lr if subject.is_floor else float(f"{lr / 10:.3g}")
+    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr, "embedding_lr": words}
 
 
 def main():
@@ -343,7 +348,7 @@ def main():
     for subject in subjects:
         recipe = recipe_of(subject, a)
         wanted = given.intersection(RECIPE_NAMES) if a.table else set(RECIPE_NAMES)
-        wanted -= {"lr" if subject.is_floor else ""}  # their best rate is what has to be passed
+        wanted -= RATES if subject.is_floor else set()  # their best is what has to be passed
         subject.entries = [
             e for e in read_scores(subject.folder, subject.model) if e["task"] in a.tasks
             and (a.table or e["data"] == rows[e["task"]])

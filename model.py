@@ -291,13 +291,18 @@ def lr_at(step, steps, peak, warmup_frac, decay_frac=1.0):
     return peak * min(1, (step + 1) / max(1, warmup), (steps - step) / decay)
 
 
-def make_optimizer(model, lr, weight_decay):
-    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]
+def make_optimizer(model, lr, weight_decay, embedding_lr=None):
+    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
+    embedding_lr the token embeddings are a third group, which has that rate."""
+    parameters = dict(model.named_parameters())
+    words = [name for name in parameters if embedding_lr and "token_embedding" in name]
+    groups = [{"params": [parameters.pop(name) for name in words], "lr": embedding_lr,
+               "weight_decay": weight_decay}] if words else []
+    matrices = [p for p in parameters.values() if p.dim() >= 2]
+    vectors = [p for p in parameters.values() if p.dim() < 2]
     return torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay},
-         {"params": vectors, "weight_decay": 0.0}],
+         {"params": vectors, "weight_decay": 0.0}, *groups],
         lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
 
 

@@ -26,6 +26,7 @@ NOT_WHAT = {
     "checkpoint_every", "tensorboard"}
 PRIMARY = [name for name, task in TASKS.items() if task.primary]
 AVERAGED = [name for name, task in TASKS.items() if task.averaged]
+RATES = {"lr", "embedding_lr"}  # of a recipe; random weights have their own
 CHOOSING = {"masking", "select", "score_input", "pool", "init_frac"}  # what a contrast is about
 
 
@@ -310,7 +311,9 @@ def at_best_rate(floors, recipe, data):
     for floor in floors:
         best = {}
         for e in floor.entries:
-            if e["data"] != data.get(e["task"]) or {**e["recipe"], "lr": 0} != {**recipe, "lr": 0}:
+            same, wanted = ({k: v for k, v in r.items() if k not in RATES}
+                            for r in (e["recipe"], recipe))
+            if e["data"] != data.get(e["task"]) or same != wanted:
                 continue
             tried.setdefault(e["task"], set()).add(e["recipe"].get("lr"))
             key = e["task"], e["seed"]

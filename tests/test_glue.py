@@ -215,8 +215,8 @@ def test_outputs_come_back_in_the_order_of_the_rows(monkeypatch):
 
 def options(**changes):
     return SimpleNamespace(**{**dict(
-        epochs=1, batch_size=4, lr=1e-3, warmup_frac=0.1, weight_decay=0.0, clip=1.0,
-        pool_output="mean", freeze=False), **changes})
+        epochs=1, batch_size=4, lr=1e-3, embedding_lr=1e-4, warmup_frac=0.1, weight_decay=0.0,
+        clip=1.0, pool_output="mean", freeze=False), **changes})
 
 
 def tune(outputs, labels, devs=(), **changes):
@@ -256,7 +256,8 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_keeps_the_scores(folder, mon
 
 
 def test_updates_are_those_of_torch():
-    """Four steps of fine_tune against plain ones: gradient, clipping, schedule, AdamW, decay."""
+    """Four steps of fine_tune against plain ones: gradient, clipping, schedule, AdamW, decay, and
+    a tenth of the rate for the token embeddings."""
     labels = [0, 1, 1, 0]
     rows = rows_of([7, 7, 7, 7], 4)
     torch.manual_seed(0)
@@ -273,8 +274,10 @@ def test_updates_are_those_of_torch():
     tokens = torch.tensor(np.stack([ids for ids, _ in rows]).astype(np.int64))
     types = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * 4)
     parameters = [*twin.parameters(), *head.parameters()]
-    groups = [{"params": [p for p in parameters if (p.dim() > 1) == decays],
+    words = twin.token_embedding.weight
+    groups = [{"params": [p for p in parameters if (p.dim() > 1) == decays and p is not words],
                "weight_decay": 0.1 * decays} for decays in (True, False)]
+    groups.append({"params": [words], "weight_decay": 0.1})
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
     for rate in (1e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3):  # one step of warm-up, then down to 0
         loss = F.cross_entropy(head(twin.encode(tokens, None, types).mean(1)), torch.tensor(labels))
@@ -284,8 +287,8 @@ def test_updates_are_those_of_torch():
         for p in parameters:
             if p.grad is not None:
                 p.grad *= 0.01 / norm
-        for group in adam.param_groups:
-            group["lr"] = rate
+        for group, share in zip(adam.param_groups, (1, 1, 0.1)):
+            group["lr"] = rate * share
         adam.step()
     for (name, p), q in zip(bert.named_parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=name)
@@ -311,23 +314,24 @@ def test_streams_differ_by_seed_and_task():
     assert len(streams) == 5 * 5 * 9
 
 
-@pytest.mark.parametrize("flags, rates", [
-    ([], {64: 1e-3, 128: 1e-3, 256: 3e-4, 512: 3e-4}),
-    (["--lr", "2e-3"], {128: 2e-3, 256: 2e-3}),
-    (["--freeze"], {128: 3e-3, 256: 3e-3})])
-def test_the_default_rate_follows_the_width(flags, rates, folder, monkeypatch, capsys):
+@pytest.mark.parametrize("flags, rates, floors", [  # by width: --lr, --embedding-lr
+    ([], {128: (1e-3, 1e-4), 256: (6e-4, 6e-5)}, {128: (5e-4, 5e-4), 256: (1.5e-4, 1.5e-4)}),
+    (["--lr", "2e-3"], {128: (2e-3, 2e-4), 256: (2e-3, 2e-4)}, {256: (2e-3, 2e-3)}),
+    (["--embedding-lr", "3e-4"], {128: (1e-3, 3e-4), 256: (6e-4, 3e-4)}, {256: (1.5e-4, 3e-4)}),
+    (["--freeze"], {128: (3e-3, 3e-4), 256: (3e-3, 3e-4)}, {256: (3e-3, 3e-3)})])
+def test_the_default_rates_follow_the_weights(flags, rates, floors, folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(x) for x in command(folder, *flags)])
     a, _ = glue.parse_flags()
-    recipes = {w: glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, w), is_floor=False), a)
-               for w in rates}
-    assert {w: recipe["lr"] for w, recipe in recipes.items()} == rates
-    assert all(list(recipe) == glue.RECIPE_NAMES for recipe in recipes.values())
+    for is_floor, expected in ((False, rates), (True, floors)):
+        for width, both in expected.items():
+            subject = SimpleNamespace(shape=Shape(99, 1, width), is_floor=is_floor)
+            recipe = glue.recipe_of(subject, a)
+            assert (recipe["lr"], recipe["embedding_lr"]) == both
+            assert list(recipe) == glue.RECIPE_NAMES
     # What is kept beside a score is what it was made with.
     call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self"]), monkeypatch)
-    assert [e["recipe"]["lr"] for e in scores(folder / "self")] == [min(rates.items())[1]]
-    # Random weights need half of a rate that was not asked for.
-    floor = glue.recipe_of(SimpleNamespace(shape=Shape(99, 1, 256), is_floor=True), a)
-    assert floor["lr"] == (rates[256] if flags else 1.5e-4)
+    assert [(e["recipe"]["lr"], e["recipe"]["embedding_lr"])
+            for e in scores(folder / "self")] == [rates[128]]
 
 
 # --------------------------------------------------------------------------------------------------
