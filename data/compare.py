@@ -12,6 +12,7 @@ import math
 import os
 import statistics
 from collections import Counter
+from itertools import zip_longest
 from types import SimpleNamespace
 
 from data.files import UserError
@@ -423,11 +424,13 @@ def standard_error(task, count, runs, floors):
         p = statistics.fmean(primary_part(task, e["parts"]) for e in entries) / 100
         variances.append(p * (1 - p))
         if all(e.get("right") for e in entries):
-            bits = [f"{int(e['right'], 16):0{count}b}" for e in entries]  # a character per row
-            shares.append([row.count("1") / len(bits) for row in zip(*bits)])
+            bits = [bin(int(e["right"], 16))[:1:-1] for e in entries]  # a character a row
+            shares.append([row.count("1") / len(bits) for row in zip_longest(*bits)])
     if len(shares) < 2:
         return math.sqrt(sum(variances) / count)
-    return statistics.pstdev(a - b for a, b in zip(*shares)) / math.sqrt(count)
+    differences = [a - b for a, b in zip_longest(*shares, fillvalue=0)]
+    mean = sum(differences) / count  # rows beyond the last right one have a difference of 0
+    return math.sqrt(max(0, sum(d * d for d in differences) / count - mean**2) / count)
 
 
 def validity(runs, row, floors, floor, example):

@@ -344,7 +344,7 @@ def is_score(entry):
     right = entry.get("right", "")  # scores from before 2026-11-26 do not have it
     return task is not None and isinstance(right, str) and re.fullmatch(
         "(0x[0-9a-f]+)?", right) is not None and all(
-        len(rows) == 1 + len(task.dev) and all(isinstance(n, int) for n in rows)
+        len(rows) == 1 + len(task.dev) and all(isinstance(n, int) and n > 0 for n in rows)
         for rows in (entry["rows"], entry["official"])) and all(
         set(parts) == set(task.parts) and all(isinstance(v, float) for v in parts.values())
         for parts in (entry["parts"], entry["majority"]))
