@@ -39,7 +39,8 @@ RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says
     ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
     ("batch-size", 16, "rows in an update"),
     ("lr", -1.0, "peak rate (1e-3, from width 256 on 6e-4; random weights less; --freeze 3e-3)"),
-    ("embedding-lr", -1.0, "that of the token embeddings (a tenth of --lr; random weights: --lr)"),
+    ("embedding-lr", -1.0, "that of the token embeddings (from width 256 on a tenth of --lr; "
+     "below, and with random weights, all of it)"),
     ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
     ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
     ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
@@ -311,12 +312,12 @@ def stream_of(seed, fine_tuning_seed, task):
 
 def recipe_of(subject, a):
     """Unasked, the rates follow the weights: README, "The fine-tuning recipe"."""
-    by_width = (5e-4, 1.5e-4) if subject.is_floor else (1e-3, 6e-4)
-    lr, words = a.lr, a.embedding_lr
-    if lr == -1:
-        lr = 3e-3 if a.freeze else by_width[subject.shape.width >= 256]
-    if words == -1:
-        words = lr if subject.is_floor else float(f"{lr / 10:.3g}")
+    small = subject.shape.width < 256
+    lr, share = (1e-3, 1) if small else (6e-4, 0.1)
+    if subject.is_floor:
+        lr, share = (5e-4, 1) if small else (1.5e-4, 1)
+    lr = a.lr if a.lr > 0 else 3e-3 if a.freeze else lr
+    words = a.embedding_lr if a.embedding_lr > 0 else float(f"{share * lr:.3g}")
     return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr, "embedding_lr": words}
 
 
@@ -339,12 +340,11 @@ def main():
     subjects = [*runs, *(floor for group in floors.values() for floor in group)]
 
     if not a.table:
-        locks = [lock_folder(run.folder) for run in runs]
-        for run in runs:
-            read_scores(run.folder, run.model)  # so is a damaged file
-        rows = work(a, subjects)
-        for lock in locks:
-            lock.close()
+        with contextlib.ExitStack() as held:
+            for run in runs:
+                held.enter_context(lock_folder(run.folder))
+                read_scores(run.folder, run.model)  # a damaged file is told now, too
+            rows = work(a, subjects)
     for subject in subjects:
         recipe = recipe_of(subject, a)
         wanted = given.intersection(RECIPE_NAMES) if a.table else set(RECIPE_NAMES)

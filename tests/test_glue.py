@@ -315,10 +315,10 @@ def test_streams_differ_by_seed_and_task():
 
 
 @pytest.mark.parametrize("flags, rates, floors", [  # by width: --lr, --embedding-lr
-    ([], {128: (1e-3, 1e-4), 256: (6e-4, 6e-5)}, {128: (5e-4, 5e-4), 256: (1.5e-4, 1.5e-4)}),
-    (["--lr", "2e-3"], {128: (2e-3, 2e-4), 256: (2e-3, 2e-4)}, {256: (2e-3, 2e-3)}),
+    ([], {128: (1e-3, 1e-3), 256: (6e-4, 6e-5)}, {128: (5e-4, 5e-4), 256: (1.5e-4, 1.5e-4)}),
+    (["--lr", "2e-3"], {128: (2e-3, 2e-3), 256: (2e-3, 2e-4)}, {256: (2e-3, 2e-3)}),
     (["--embedding-lr", "3e-4"], {128: (1e-3, 3e-4), 256: (6e-4, 3e-4)}, {256: (1.5e-4, 3e-4)}),
-    (["--freeze"], {128: (3e-3, 3e-4), 256: (3e-3, 3e-4)}, {256: (3e-3, 3e-3)})])
+    (["--freeze"], {128: (3e-3, 3e-3), 256: (3e-3, 3e-4)}, {256: (3e-3, 3e-3)})])
 def test_the_default_rates_follow_the_weights(flags, rates, floors, folder, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", [str(x) for x in command(folder, *flags)])
     a, _ = glue.parse_flags()

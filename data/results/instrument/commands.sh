@@ -1,5 +1,6 @@
 # What made the files of this folder. FILE: real English, 100 MB; GLUE: a folder in the official layout.
 # The *.jsonl named after runs are the evaluations of their logs. Run from the repository's folder.
+# Before the fifth part glue.py had one rate for all: today that is  --embedding-lr  with the value of --lr.
 
 # ---- first part: 15 % masked; fine-tuning at --lr 3e-4, the mean over all tokens
 T="python train.py --corpus FILE --dropout 0 --eval-every 500 --checkpoint-every 1000 --threads 1"
@@ -128,6 +129,15 @@ for lr in 6e-4 1.5e-4; do $G runs/wide-131M --lr $lr --tasks SST-2,QQP,MNLI,QNLI
 $G runs/wide-131M --lr 1.5e-4 --tasks STS-B    # random weights alone
 $G runs/wide-131M --freeze --tasks SST-2,QQP,MNLI,QNLI
 $G runs/wide-131M --lr 6e-4 --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI    # the run alone; random weights: --lr 1.5e-4
+# ---- fifth part, 2026-11-26: a rate of its own for the token embeddings (rates.jsonl), and the setup that is the default since
+$B --steps 10000 --warmup-frac 0.02 --decay-frac 0.2 --eval-every 2500 --out runs/tiny-20M
+# rates.jsonl was made by a loop around the parts of glue.py, of which these are the meaning: runs alone, and random weights alone.
+# pool_output max and head_lr need  git apply data/results/instrument/maxima-and-head-rate.patch; first_block_lr has no flag.
+for e in 6e-4 1.8e-4 6e-5; do $G runs/wide-131M --max-train 5000 --lr 6e-4 --embedding-lr $e --tasks SST-2,QQP,MNLI,QNLI; done
+for e in 1e-3 1e-4; do $G runs/tiny-20M --max-train 5000 --lr 1e-3 --embedding-lr $e --tasks SST-2,QQP,MNLI,QNLI; done
+$G runs/wide-131M --tasks SST-2,QQP,MNLI,QNLI,STS-B    # the default: --lr 6e-4 --embedding-lr 6e-5, random weights 1.5e-4
+python train.py --preset laptop-long --masking random --corpus FILE --dtype bfloat16 --threads 1 --out runs/wide-66M-s0
+$G runs/wide-66M-s0 --tasks SST-2,QQP,MNLI,QNLI,STS-B
 # curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
