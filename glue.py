@@ -313,11 +313,11 @@ def stream_of(seed, fine_tuning_seed, task):
 def recipe_of(subject, a):
     """Unasked, the rates follow the weights: README, "The fine-tuning recipe"."""
     small = subject.shape.width < 256
-    lr, share = (1e-3, 1) if small else (6e-4, 0.1)
+    lr, slower = (1e-3, 1) if small else (6e-4, 10)
     if subject.is_floor:
-        lr, share = (5e-4, 1) if small else (1.5e-4, 1)
+        lr, slower = (5e-4, 1) if small else (1.5e-4, 1)
     lr = a.lr if a.lr > 0 else 3e-3 if a.freeze else lr
-    words = a.embedding_lr if a.embedding_lr > 0 else float(f"{share * lr:.3g}")
+    words = a.embedding_lr if a.embedding_lr > 0 else float(f"{lr / slower:.12g}")
     return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr, "embedding_lr": words}
 
 

@@ -294,16 +294,15 @@ def lr_at(step, steps, peak, warmup_frac, decay_frac=1.0):
 def make_optimizer(model, lr, weight_decay, embedding_lr=None):
     """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
     embedding_lr the token embeddings are a third group, which has that rate."""
-    parameters = dict(model.named_parameters())
-    words = [name for name in parameters if embedding_lr and "token_embedding" in name]
-    groups = [{"params": [parameters.pop(name) for name in words], "lr": embedding_lr,
-               "weight_decay": weight_decay}] if words else []
-    matrices = [p for p in parameters.values() if p.dim() >= 2]
-    vectors = [p for p in parameters.values() if p.dim() < 2]
-    return torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": weight_decay},
-         {"params": vectors, "weight_decay": 0.0}, *groups],
-        lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)  # BERT's betas and eps
+    words = [p for name, p in model.named_parameters()
+             if embedding_lr is not None and "token_embedding" in name]
+    rest = [p for p in model.parameters() if all(p is not word for word in words)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    if words:
+        groups.append({"params": words, "weight_decay": weight_decay, "lr": embedding_lr})
+    return torch.optim.AdamW(  # BERT's betas and eps
+        groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
 def keep_memory():

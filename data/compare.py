@@ -15,6 +15,7 @@ from collections import Counter
 from itertools import zip_longest
 from types import SimpleNamespace
 
+from data.confidence import paired
 from data.files import UserError
 from data.runs import WITHOUT_CONTEXT
 from data.tasks import TASKS
@@ -29,69 +30,6 @@ PRIMARY = [name for name, task in TASKS.items() if task.primary]
 AVERAGED = [name for name, task in TASKS.items() if task.averaged]
 RATES = {"lr", "embedding_lr"}  # of a recipe; random weights have their own
 CHOOSING = {"masking", "select", "score_input", "pool", "init_frac"}  # what a contrast is about
-
-
-# --------------------------------------------------------------------------------------------------
-# statistics
-
-
-def t_factor(df):
-    """The t for which a Student t variable with `df` degrees of freedom is in [-t, t] with 95 %.
-
-    Bisection of the closed form for whole df (Abramowitz and Stegun 26.7.3 and 26.7.4).
-    """
-    def inside(t):
-        angle = math.atan(t / math.sqrt(df))
-        cos, term, total = math.cos(angle), 1.0, 0.0
-        if df % 2:
-            term = cos
-        for i in range(df % 2, df - 1, 2):  # cos^i, each with its product of odd / even numbers
-            total += term
-            term *= cos**2 * (i + 1) / (i + 2)
-        total *= math.sin(angle)
-        return 2 / math.pi * (angle + total) if df % 2 else total
-
-    low, high = 0.0, 1e3  # the largest needed is 12.7, at df 1
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if inside(middle) < 0.95 else (low, middle)
-    return middle
-
-
-def sign_flip(differences):
-    """Exact two-sided p of a mean of paired differences, and the smallest p attainable at this n.
-
-    If the arms were alike, every difference could as well have had the other sign: p is the share
-    of the 2^n sign patterns whose sum is at least as far from 0 as the one that was seen.
-    """
-    sums = [0.0]
-    for d in differences:  # 2^n sums: n = 20 takes a second
-        sums = [s + x for s in sums for x in (d, -d)]
-    seen = abs(sum(differences)) - 1e-9  # equal sums that are rounded differently count
-    return sum(abs(s) >= seen for s in sums) / len(sums), 2 / len(sums)
-
-
-def paired(arm, base):
-    """Two arms as {seed: score} -> their comparison over common seeds, or None if they share none.
-
-    difference in points with low and high (None at one pair), p, p_smallest, and the relative gain
-    in percent: the ratio of the two means, minus 1.
-    """
-    seeds = sorted(set(arm) & set(base))
-    if not seeds:
-        return None
-    differences = [arm[s] - base[s] for s in seeds]
-    mean, n, half = statistics.fmean(differences), len(seeds), None
-    if n > 1:
-        half = t_factor(n - 1) * statistics.stdev(differences) / math.sqrt(n)
-    p, smallest = sign_flip(differences)
-    base_mean = statistics.fmean(base[s] for s in seeds)
-    return {
-        "pairs": n, "difference": mean,
-        "low": mean - half if n > 1 else None, "high": mean + half if n > 1 else None,
-        "p": p, "p_smallest": smallest,
-        "gain_percent": 100 * mean / base_mean if base_mean > 0 else None,
-    }
 
 
 def mean_sd(by_seed):
@@ -225,7 +163,7 @@ def make_tables(runs, floors, baseline=()):
     tables, groups = [], {}
     for run in runs:
         key = (*comparable(run)[:3], same_compute(run, runs))
-        for recipe in dict.fromkeys(repr(e["recipe"]) for e in run.entries):
+        for recipe in dict.fromkeys(recipe_key(e) for e in run.entries):
             groups.setdefault((key, recipe), []).append(run)
     for (key, recipe), members in groups.items():
         floor = floors.get((key[2], key[1]), [])
@@ -236,7 +174,7 @@ def make_tables(runs, floors, baseline=()):
 def make_table(runs, floors, recipe, baseline, tokens):
     def select(subjects, data=None):
         """Copies of the subjects with the entries of this recipe (and these rows) alone."""
-        return [with_entries(s, [e for e in s.entries if repr(e["recipe"]) == recipe
+        return [with_entries(s, [e for e in s.entries if recipe_key(e) == recipe
                                  and (data is None or e["data"] == data.get(e["task"]))])
                 for s in subjects]
 
@@ -296,8 +234,19 @@ def make_table(runs, floors, recipe, baseline, tokens):
     }
 
 
+def recipe_key(entry):
+    return repr(sorted(entry["recipe"].items()))
+
+
 def with_entries(subject, entries):
     return type(subject)(**{**vars(subject), "entries": entries})
+
+
+def rates_of(recipe):
+    """The rates of a recipe, as a note names them: one, or that of the embeddings, too."""
+    lr = recipe.get("lr")
+    words = recipe.get("embedding_lr", lr)
+    return f"{lr}" if lr == words else f"{lr} (embeddings {words})"
 
 
 def at_best_rate(floors, recipe, data):
@@ -305,8 +254,9 @@ def at_best_rate(floors, recipe, data):
     recipe on these rows. A rate that is too high for random weights alone would look like a gain of
     pretraining (README, "The fine-tuning recipe"). -> copies with these entries, {task: the rates
     that were tried}"""
-    def value(e):  # by what the primary endpoint takes
-        return primary_part(e["task"], e["parts"]) if e["task"] in PRIMARY else e["score"]
+    def value(e):  # by what the primary endpoint takes; of equals one that tells its rows
+        score = primary_part(e["task"], e["parts"]) if e["task"] in PRIMARY else e["score"]
+        return score, bool(e.get("right"))
 
     chosen, tried = [], {}
     for floor in floors:
@@ -316,7 +266,7 @@ def at_best_rate(floors, recipe, data):
                             for r in (e["recipe"], recipe))
             if e["data"] != data.get(e["task"]) or same != wanted:
                 continue
-            tried.setdefault(e["task"], set()).add(e["recipe"].get("lr"))
+            tried.setdefault(e["task"], set()).add(rates_of(e["recipe"]))
             key = e["task"], e["seed"]
             best[key] = max(best.get(key, e), e, key=value)
         chosen.append(with_entries(floor, list(best.values())))
@@ -397,12 +347,12 @@ def told_seeds(rows):
 
 def told_rates(floors, tried, recipe):
     """-> notes on the rates of random weights: which were best, and where no other was tried."""
-    notes, used, own = [], {}, {recipe.get("lr")}
+    notes, used, own = [], {}, {rates_of(recipe)}
     for task, rates in tried.items():
-        best = sorted({e["recipe"].get("lr") for f in floors for e in f.entries
+        best = sorted({rates_of(e["recipe"]) for f in floors for e in f.entries
                        if e["task"] == task})
         if rates != own:
-            used.setdefault(f"{' or '.join(map(str, best))} (of {len(rates)})", []).append(task)
+            used.setdefault(f"{' or '.join(best)} (of {len(rates)})", []).append(task)
     if used:
         notes.append("random weights at the best --lr that was scored: " + "; ".join(
             f"{rate} on {', '.join(on)}" for rate, on in used.items()))
@@ -416,8 +366,9 @@ def told_rates(floors, tried, recipe):
 def standard_error(task, count, runs, floors):
     """Standard error of the difference of the mean accuracies of runs and floors (shares) over
     `count` development rows. Both answer the same rows, many of which both get right, so what
-    varies is the difference row by row, of means over all seeds. Scores from before 2026-11-26 do
-    not say which rows were right: then that of two independent samples, which is larger."""
+    varies is the difference row by row, of means over all seeds. It is the error of these models:
+    that other seeds would give others is not in it. Scores from before 2026-11-26 do not say which
+    rows were right: then that of two independent samples, which is nearly always larger."""
     shares, variances = [], []
     for subjects in (runs, floors):
         entries = [e for s in subjects for e in s.entries if e["task"] == task]

@@ -359,6 +359,8 @@ def read_scores(folder, model):
     entries = read_json(path).get("scores")
     if not isinstance(entries, list) or not all(map(is_score, entries)):
         raise UserError(f"{path} is damaged: move it away, and the scores are computed again")
+    for entry in entries:  # before 2026-11-26 there was one rate for all
+        entry["recipe"].setdefault("embedding_lr", entry["recipe"].get("lr"))
     return [entry for entry in entries if entry["model"] == model]
 
 

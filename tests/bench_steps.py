@@ -117,7 +117,7 @@ def tune(task, layers, width, count, dtype="float32"):
     from model import Bert, Shape, keep_memory
 
     keep_memory()  # as glue.py does
-    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 1e-3})
+    a = SimpleNamespace(**{**glue.DEFAULTS, "epochs": 1, "lr": 1e-3, "embedding_lr": 1e-3})
     rows = rows_like(task, count)
     labels = [i % 2 for i in range(count)]
 

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import pytest
 
 from data import compare as C
-from data import curve
+from data import confidence, curve
 from data import tasks as G
 from data.files import UserError
 from data.tables import show_tables
@@ -19,27 +19,28 @@ def test_t_factor_is_the_textbook_s():
     book = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 8: 2.306, 9: 2.262, 17: 2.110,
             30: 2.042, 120: 1.980}
     for df, value in book.items():
-        assert C.t_factor(df) == pytest.approx(value, abs=5e-4)
+        assert confidence.t_factor(df) == pytest.approx(value, abs=5e-4)
 
 
 def test_sign_flip_by_hand():
     # Of the 8 sign patterns of 1, 2, 3 only +++ and --- reach a sum of 6.
-    assert C.sign_flip([1.0, 2.0, 3.0]) == (2 / 8, 2 / 8)
+    assert confidence.sign_flip([1.0, 2.0, 3.0]) == (2 / 8, 2 / 8)
     # |1 + 2 - 3| = 0: every pattern is as far. And |1 + 3 - 2| = 2: sums 6, 4, 2 and 0 (twice).
-    assert C.sign_flip([1.0, 2.0, -3.0]) == (1.0, 0.25)
-    assert C.sign_flip([1.0, -2.0, 3.0]) == (6 / 8, 0.25)
-    assert C.sign_flip([0.1] * 9) == (2 / 512, 2 / 512)  # rounding does not lose a tie
-    assert C.sign_flip([0.5]) == (1.0, 1.0)
+    assert confidence.sign_flip([1.0, 2.0, -3.0]) == (1.0, 0.25)
+    assert confidence.sign_flip([1.0, -2.0, 3.0]) == (6 / 8, 0.25)
+    assert confidence.sign_flip([0.1] * 9) == (2 / 512, 2 / 512)  # rounding does not lose a tie
+    assert confidence.sign_flip([0.5]) == (1.0, 1.0)
 
 
 def test_paired_by_hand():
     arm, base = {0: 72.0, 1: 71.0, 2: 73.0, 9: 50.0}, {0: 70.0, 1: 70.0, 2: 70.0, 7: 10.0}
-    c = C.paired(arm, base)  # differences 2, 1, 3: mean 2, sd 1, standard error 1 / sqrt(3)
+    # Differences 2, 1, 3: mean 2, sd 1, standard error 1 / sqrt(3).
+    c = confidence.paired(arm, base)
     assert c["pairs"] == 3 and c["difference"] == pytest.approx(2)
     assert c["high"] - 2 == pytest.approx(4.3027 / math.sqrt(3), abs=1e-4) == 2 - c["low"]
     assert c["p"] == c["p_smallest"] == 0.25 and c["gain_percent"] == pytest.approx(100 * 2 / 70)
-    one = C.paired({0: 1.0}, {0: 2.0})
-    assert one["low"] is None and one["p"] == 1 and C.paired({0: 1.0}, {1: 2.0}) is None
+    one = confidence.paired({0: 1.0}, {0: 2.0})
+    assert one["low"] is None and one["p"] == 1 and confidence.paired({0: 1.0}, {1: 2.0}) is None
 
 
 def entry(task, seed, score, recipe=None, data="d", rows=None):
@@ -183,6 +184,13 @@ def test_random_weights_count_at_the_rate_that_serves_them_best():
     other = entry("QQP", 0, 50.5, {"lr": 1, "epochs": 3})
     other["parts"] = {"accuracy": 51.5, "f1": 49.5}  # the other has 52, 48
     assert "3 (of 2) on QQP" in sst2(other)[1]
+    # Another rate for the embeddings is another rate; of equal scores one that tells its rows.
+    words = {"lr": 3, "embedding_lr": 1, "epochs": 3}
+    assert "3 (embeddings 1) (of 2) on SST-2" in sst2(entry("SST-2", 0, 51.0, words))[1]
+    told = {**entry("SST-2", 0, 50.0, words), "right": "0x1"}
+    floor.entries = [entry("SST-2", 0, 50.0, {"lr": 3, "epochs": 3}), told]
+    best, = C.at_best_rate([floor], words, {"SST-2": "d"})[0]
+    assert best.entries == [told]
 
 
 def test_what_cannot_be_compared_stands_apart():

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from data import compare as C
+from data import confidence
 from data import metrics as m
 from data import tasks as G
 from data.files import UserError
@@ -327,4 +328,4 @@ def test_metrics_agree_with_scikit_learn_and_scipy_where_they_are():
         tx, ty = torch.tensor(x), torch.tensor(y)
         assert m.spearman(tx, ty) == pytest.approx(stats.spearmanr(x, y)[0])
         assert m.pearson(tx, ty) == pytest.approx(stats.pearsonr(x, y)[0])
-    assert C.t_factor(7) == pytest.approx(stats.t.ppf(0.975, 7))
+    assert confidence.t_factor(7) == pytest.approx(stats.t.ppf(0.975, 7))
