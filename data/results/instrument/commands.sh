@@ -131,8 +131,9 @@ $G runs/wide-131M --freeze --tasks SST-2,QQP,MNLI,QNLI
 $G runs/wide-131M --lr 6e-4 --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI    # the run alone; random weights: --lr 1.5e-4
 # ---- fifth part, 2026-11-26: a rate of its own for the token embeddings (rates.jsonl), and the setup that is the default since
 $B --steps 10000 --warmup-frac 0.02 --decay-frac 0.2 --eval-every 2500 --out runs/tiny-20M
-# rates.jsonl was made by a loop around the parts of glue.py, of which these are the meaning: runs alone, and random weights alone.
-# pool_output max and head_lr need  git apply data/results/instrument/maxima-and-head-rate.patch; first_block_lr has no flag.
+# rates.jsonl was made by a loop around the parts of glue.py, of which these are the meaning. Its lines name what they changed:
+# lr, embedding_lr, dropout, pool_output mean  are flags;  pool_output max  and  head_lr  need
+# git apply data/results/instrument/maxima-and-head-rate.patch;  first_block_lr  and an embedding_lr of 0 have no flag.
 for e in 6e-4 1.8e-4 6e-5; do $G runs/wide-131M --max-train 5000 --lr 6e-4 --embedding-lr $e --tasks SST-2,QQP,MNLI,QNLI; done
 for e in 1e-3 1e-4; do $G runs/tiny-20M --max-train 5000 --lr 1e-3 --embedding-lr $e --tasks SST-2,QQP,MNLI,QNLI; done
 $G runs/wide-131M --tasks SST-2,QQP,MNLI,QNLI,STS-B    # the default: --lr 6e-4 --embedding-lr 6e-5, random weights 1.5e-4
