@@ -312,12 +312,11 @@ def stream_of(seed, fine_tuning_seed, task):
 
 def recipe_of(subject, a):
     """Unasked, the rates follow the weights: README, "The fine-tuning recipe"."""
-    small = subject.shape.width < 256
-    lr, slower = (1e-3, 1) if small else (6e-4, 10)
-    if subject.is_floor:
-        lr, slower = (5e-4, 1) if small else (1.5e-4, 1)
-    lr = a.lr if a.lr > 0 else 3e-3 if a.freeze else lr
-    words = a.embedding_lr if a.embedding_lr > 0 else float(f"{lr / slower:.12g}")
+    wide, floor = subject.shape.width >= 256, subject.is_floor
+    usual = (1.5e-4 if wide else 5e-4) if floor else 6e-4 if wide else 1e-3
+    lr = a.lr if a.lr > 0 else 3e-3 if a.freeze else usual
+    tenth = float(f"{lr / 10:.12g}")  # rounded: a tenth of 6e-4 shall be shown as 6e-05
+    words = a.embedding_lr if a.embedding_lr > 0 else tenth if wide and not floor else lr
     return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr, "embedding_lr": words}
 
 
