@@ -140,6 +140,29 @@ $G runs/wide-131M --tasks SST-2,QQP,MNLI,QNLI,STS-B    # the default: --lr 6e-4 
 python train.py --preset laptop-long --masking random --corpus FILE --dtype bfloat16 --threads 1 --out runs/wide-66M-s0
 $G runs/wide-66M-s0 --tasks SST-2,QQP,MNLI,QNLI,STS-B
 for r in wide-66M-s0 wide-131M; do $G runs/$r --seeds 2 --tasks SST-2,QQP,MNLI,QNLI; done    # random weights: the first seed alone
+# ---- sixth part: batch, vocabulary, sharing, heads, rates, optimiser on wide (wide-screening.jsonl)
+P="python train.py --preset laptop-long --masking random --corpus FILE --dtype bfloat16 --threads 1"
+W="$P --steps 3000 --warmup-frac 0.0666667 --decay-frac 0.25 --eval-every 500"
+$W --out runs/screen
+$W --lr 2e-3 --out runs/screen-lr-2e-3
+$W --batch-size 8 --steps 6000 --out runs/screen-batch-8
+$W --batch-size 32 --steps 1500 --lr 1.4e-3 --eval-every 250 --out runs/screen-batch-32
+$W --vocab-size 4096 --steps 3450 --out runs/screen-4096
+$W --vocab-size 16384 --steps 2400 --out runs/screen-16384
+for r in screen screen-4096 screen-16384; do python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/$r --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI; done
+# These need:  git apply data/results/instrument/optimiser.patch
+SHARE=1 $W --out runs/screen-share
+HEAD=32 $W --out runs/screen-heads-of-32
+EMBEDDINGS=3 $W --out runs/screen-embeddings-3
+EMBEDDINGS=10 $W --out runs/screen-embeddings-10
+EMBEDDINGS=5 $W --lr 6e-4 --out runs/screen-embeddings-5
+MUON=1 $W --out runs/screen-muon
+MUON=3 $W --out runs/screen-muon-3
+MUON=1 EMBEDDINGS=3 NS=3 $W --out runs/screen-muon-embeddings
+MUON=1 EMBEDDINGS=3 $W --batch-size 32 --steps 1500 --lr 1.4e-3 --eval-every 250 --out runs/screen-muon-batch-32
+EMBEDDINGS=3 $P --out runs/wide-embeddings-66M    # stopped after 6200 steps
+MUON=1 NS=3 $P --out runs/wide-muon-66M           # stopped after 6200 steps
+
 # curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
 from pathlib import Path
