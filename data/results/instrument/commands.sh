@@ -150,6 +150,9 @@ $W --batch-size 32 --steps 1500 --lr 1.4e-3 --eval-every 250 --out runs/screen-b
 $W --vocab-size 4096 --steps 3450 --out runs/screen-4096
 $W --vocab-size 16384 --steps 2400 --out runs/screen-16384
 for r in screen screen-4096 screen-16384; do python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/$r --max-train 5000 --tasks SST-2,QQP,MNLI,QNLI; done
+python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/screen --tasks SST-2,QQP,MNLI,QNLI
+python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/wide-66M-s0 --seeds 3 --tasks SST-2,QQP,MNLI,QNLI
+$P --seed 1 --out runs/wide-66M-s1
 # These need:  git apply data/results/instrument/optimiser.patch
 SHARE=1 $W --out runs/screen-share
 HEAD=32 $W --out runs/screen-heads-of-32
@@ -178,7 +181,7 @@ from data.curve import draw
 arms = {"tiny (2 x 128)": [(5.12e6, 69.56), (81.92e6, 71.27), (163.84e6, 71.39)],
         "wide (2 x 256)": [(25.6e6, 71.24), (40.96e6, 72.01), (65.54e6, 72.76), (131.07e6, 72.66)],
         "mini (4 x 256)": [(30.72e6, 71.0), (65.54e6, 72.81)],
-        "wide, two rates": [(65.54e6, 72.83), (131.07e6, 73.54)]}
+        "wide, two rates": [(6.14e6, 70.85), (65.54e6, 72.78), (131.07e6, 73.54)]}
 floors = {"random weights (tiny)": 68.79, "random weights (mini)": 68.88, "random weights (wide)": 69.253}
 label = "20 000 rows; primary endpoint: mean accuracy of MNLI-m, QNLI, SST-2, QQP"
 Path("data/results/instrument/curve-rows.svg").write_text(draw(arms, floors, label))
