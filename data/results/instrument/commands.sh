@@ -163,8 +163,8 @@ MUON=1 $W --out runs/screen-muon
 MUON=3 $W --out runs/screen-muon-3
 MUON=1 EMBEDDINGS=3 NS=3 $W --out runs/screen-muon-embeddings
 MUON=1 EMBEDDINGS=3 $W --batch-size 32 --steps 1500 --lr 1.4e-3 --eval-every 250 --out runs/screen-muon-batch-32
-EMBEDDINGS=3 $P --out runs/wide-embeddings-66M    # stopped after 6200 steps
-MUON=1 NS=3 $P --out runs/wide-muon-66M           # stopped after 6200 steps
+EMBEDDINGS=3 $P --out runs/wide-embeddings-66M    # stopped after 6830 steps
+MUON=1 NS=3 $P --out runs/wide-muon-66M           # stopped after 6240 steps
 
 # curve-pair.svg as it is now: the means of the table in README.md of this folder, drawn by data.curve.draw
 python - <<'END'
