@@ -1,0 +1,213 @@
+"""The GPU's path against the CPU's. All but one skipped where there is no GPU.
+
+    python -m pytest tests/test_cuda.py -q
+
+Each check is a process of its own, since tests/__init__.py hides the GPU from this one. The first
+compares every piece on both devices in float32; the rest run the scripts.
+"""
+
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+ROUNDING = 2e-5  # float32 sums in another order, relative to the largest number
+
+
+def compare(device):
+    """Run every piece on the CPU and on `device` in float32 -> {piece: relative difference}."""
+    import torch.nn.functional as F
+
+    import masking as M
+    from model import Bert, Shape, make_optimizer
+    from train import distillation_loss
+
+    apart = {}
+
+    def note(name, ours, theirs):
+        theirs = theirs.to(ours.device)
+        scale = ours.abs().max().clamp_min(1e-30) if ours.is_floating_point() else 1
+        apart[name] = ((ours - theirs).abs().max() / scale).item()
+
+    tokens = torch.randint(5, 300, (8, 34), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0], tokens[:, -1], tokens[2, 9] = 1, 2, 2
+    noise = {p: M.draw(0, 3, p, 8, 34) for p in (M.POOL, M.SELECT, M.HALF)}
+    u = M.draw(0, 3, M.REPLACE, 8, 10).view(8, 5, 2)
+    H = torch.rand(8, 34, generator=torch.Generator().manual_seed(1))
+    moved = [x.to(device) for x in (tokens, u, H)]
+    noise_moved = {p: n.to(device) for p, n in noise.items()}
+    for select in (*M.SELECT_RULES, "mix"):
+        for pool in (0, 2):
+            ours = M.choose(tokens, 5, lambda t, c: H.gather(1, c), select, pool, noise)
+            note(f"choose {select} {pool}", ours, M.choose(
+                moved[0], 5, lambda t, c: moved[2].gather(1, c), select, pool, noise_moved))
+    positions = M.choose(tokens, 5, None, None, 0, noise)
+    inputs = M.replace(tokens, positions, u, 300)
+    note("replace", inputs, M.replace(moved[0], positions.to(device), moved[1], 300))
+    labels = tokens.gather(1, positions).flatten()
+    attend = torch.arange(34) < torch.arange(20, 36, 2)[:, None]  # (8, 34)
+    types = (torch.arange(34) > 15).long().expand(8, -1)
+
+    for kind in ("rotary", "learned"):
+        torch.manual_seed(0)
+        shape = Shape(300, layers=2, width=128, seq_len=34, positions=kind, dropout=0.0)
+        results = []
+        for where in ("cpu", device):
+            torch.manual_seed(0)
+            model = Bert(shape).to(where)
+            optimizer = make_optimizer(model, 1e-3, 0.01)
+            t, x, p, y, a, s = (z.to(where) for z in (tokens, inputs, positions, labels, attend,
+                                                      types))
+            logits = model(x, p)
+            full = model.encode(x, None, s, a)
+            masked = M.masked_entropy(model, t, p)
+            counted = M.TypeEntropy(300, where)
+            counted.update(y, masked.flatten(), torch.ones(len(y), device=where))
+            taught = distillation_loss(logits.flatten(0, 1), logits.flatten(0, 1).roll(1, 0), 2.0)
+            with torch.autocast(torch.device(where).type, torch.bfloat16):
+                half = F.cross_entropy(model(x, p).flatten(0, 1).float(), y)
+            loss = F.cross_entropy(logits.flatten(0, 1), y) + taught
+            loss.backward()
+            gradients = torch.cat([w.grad.flatten() for w in model.parameters()
+                                   if w.grad is not None])
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            evaluated = torch.tensor(M.evaluate(model, t, torch.inference_mode))
+            results.append(dict(
+                logits=logits, padded=full[a], loss=loss, gradients=gradients,
+                entropy=masked, types=counted.mean, taught=taught, bfloat16=half,
+                after=model(x, p), evaluated=evaluated))
+        for name, ours in results[0].items():
+            note(f"{kind} {name}", ours.detach(), results[1][name].detach())
+    return apart
+
+
+if __name__ == "__main__":
+    print(json.dumps(compare(sys.argv[1])))
+    sys.exit()
+
+from data.runs import read_log
+from tests import GPUS
+from tests.box import GLUE_TASKS, toy
+from tests.test_data import WORDS, write_corpus
+from tests.test_glue_data import LABELS, write_task
+
+WITH_GPU = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+WITH_GPU.pop("CUDA_VISIBLE_DEVICES")
+if GPUS is not None:
+    WITH_GPU["CUDA_VISIBLE_DEVICES"] = GPUS
+
+
+def run(*argv, status=0):
+    """A script in a process that sees the GPU -> its output."""
+    done = subprocess.run([sys.executable, *map(str, argv)], cwd=ROOT, env=WITH_GPU, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == status, done.stdout
+    return done.stdout
+
+
+def has_gpu():
+    if torch.version.cuda is None:  # a torch for CPUs alone
+        return False
+    return run("-c", "import torch; print(torch.cuda.is_available())").strip() == "True"
+
+
+gpu = pytest.mark.skipif(not has_gpu(), reason="no GPU")
+
+
+def check(apart):
+    for name, distance in apart.items():
+        exact = name.startswith(("choose", "replace"))
+        assert distance <= (0 if exact else 0.01 if "bfloat16" in name else ROUNDING), (
+            name, distance)
+
+
+def test_the_comparison_itself_on_two_equal_devices():
+    apart = json.loads(run(__file__, "cpu").splitlines()[-1])
+    check(apart)
+    with pytest.raises(AssertionError, match="rotary gradients"):
+        check({**apart, "rotary gradients": 1e-3})
+
+
+@gpu
+def test_every_piece_is_the_same_on_both():
+    check(json.loads(run(__file__, "cuda").splitlines()[-1]))
+
+
+@pytest.fixture(scope="module")
+def box(tmp_path_factory):
+    box = tmp_path_factory.mktemp("cuda")
+    write_corpus(box / "text.txt", documents=300)
+    run(*toy(box, box / "teacher", "--masking", "random", "--device", "cpu"))
+    return box
+
+
+def last_loss(folder):
+    return read_log(folder)[-1]["val_loss"]
+
+
+@gpu
+@pytest.mark.parametrize("flags", [
+    ["--masking", "random"],
+    ["--masking", "random", "--compile"],
+    ["--masking", "self", "--init-frac", "0.3"],
+    ["--masking", "self", "--init-frac", "0.3", "--compile", "--micro-batch", "4"],
+    ["--masking", "self", "--init-frac", "0.2", "--score-input", "type"],
+    ["--masking", "entropy", "--distill", "complete", "--teacher", "TEACHER"],
+], ids=lambda flags: " ".join(flags[1:]).replace("-", "") if isinstance(flags, list) else flags)
+def test_a_run_on_the_gpu_learns_what_it_learns_on_the_cpu(box, tmp_path, flags):
+    flags = [*flags, "--dropout", "0"]
+    out = run(*toy(box, tmp_path / "gpu", *flags))
+    assert "1 x cuda" in out and "bfloat16" in out
+    flags = [flag for flag in flags if flag != "--compile"]
+    run(*toy(box, tmp_path / "cpu", *flags, "--device", "cpu"))
+    assert abs(last_loss(tmp_path / "gpu") - last_loss(tmp_path / "cpu")) < 0.1
+    assert read_log(tmp_path / "gpu")[-1]["peak_memory_mb"] < 500  # the GPU's, not the process's
+
+
+@gpu
+def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(box, tmp_path):
+    whole = toy(box, tmp_path / "whole", "--masking", "self", "--dropout", "0", "--dtype",
+                "float32", "--device", "cpu")
+    run(*whole)
+    script = ("import runpy, sys, signal, data.runs as runs, os\n"
+              "save = runs.save_checkpoint\n"
+              "def stop(run, state):\n"
+              "    save(run, state)\n"
+              "    if state['step'] == 30: os.kill(os.getpid(), signal.SIGTERM)\n"
+              "runs.save_checkpoint = stop\n"
+              "sys.argv = sys.argv[1:]\n"
+              "runpy.run_path('train.py', run_name='__main__')\n")
+    part = [tmp_path / "part" if a == tmp_path / "whole" else a for a in whole]
+    run("-c", script, *part, status=143)
+    out = run("train.py", "--resume", tmp_path / "part", "--device", "cuda")
+    assert "going on after step 3" in out
+    assert abs(last_loss(tmp_path / "whole") - last_loss(tmp_path / "part")) < 0.02
+
+
+@gpu
+@pytest.mark.parametrize("freeze", [False, True])
+def test_fine_tuning_scores_alike(box, tmp_path, freeze):
+    rng = random.Random(0)
+    for task in GLUE_TASKS:  # one of two words says which class it is
+        rows = [(" ".join(rng.choices(WORDS[9:], k=6) + 2 * WORDS[i % 2:i % 2 + 1]),
+                 " ".join(rng.choices(WORDS[9:], k=5)), LABELS[task][i % 2]) for i in range(120)]
+        write_task(tmp_path / "GLUE", task, rows, n_dev=40)
+    scores = {}
+    for device in ("cpu", "cuda"):
+        shutil.copytree(box / "teacher", tmp_path / device)
+        run("glue.py", tmp_path / device, "--glue-dir", tmp_path / "GLUE", "--cache",
+            tmp_path / f"cache-{device}", "--tasks", ",".join(GLUE_TASKS), "--epochs", "6",
+            "--threads", "1", "--device", device, *["--freeze"] * freeze)
+        kept = json.loads((tmp_path / device / "glue.json").read_text())["scores"]
+        scores[device] = {e["task"]: e["score"] for e in kept}
+        assert {e["device"] for e in kept} == {device} and len(kept) == len(GLUE_TASKS)
+    for task, score in scores["cpu"].items():
+        assert abs(score - scores["cuda"][task]) < 20, scores
