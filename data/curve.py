@@ -72,14 +72,7 @@ def draw(arms, floors, label):
         return (f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}">'
                 f'{escape(words)}</text>')
 
-    taken = []  # labels on the right that would lie on one another move apart
-
-    def label_right(height, words, colour):
-        while any(abs(height - other) < 15 for other in taken):
-            height -= 15
-        taken.append(height)
-        return text(WIDTH - RIGHT + 8, height, words, colour=colour)
-
+    labels = []  # on the right: (height, words, colour)
     out = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" '
            f'font-family="sans-serif" font-size="13">',
            f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>',
@@ -90,21 +83,28 @@ def draw(arms, floors, label):
         out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" y2="{height:.1f}" '
                    'stroke="#ddd"/>')
         out.append(text(LEFT - 8, height + 4, f"{y:g}", "end"))
+    free = 0
     for x in tokens:
-        out.append(text(at(x, ys[0])[0], HEIGHT - BOTTOM + 18, f"{x / 1e6:.0f}", "middle"))
+        if (place := at(x, ys[0])[0]) >= free:  # a number that would lie on another is left out
+            out.append(text(place, HEIGHT - BOTTOM + 18, f"{x / 1e6:.0f}", "middle"))
+            free = place + 26
     for name, y in floors.items():
         if ys[0] <= y <= ys[-1]:
             height = at(tokens[0], y)[1]
             out.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{height:.1f}" '
                        f'y2="{height:.1f}" stroke="#888" stroke-dasharray="6 4"/>')
-            out.append(label_right(height + 4, f"{name} {y:.1f}", "#666"))
+            labels.append((height + 4, f"{name} {y:.1f}", "#666"))
     for i, (name, points) in enumerate(arms.items()):
         colour = COLOURS[i % len(COLOURS)]
         places = [at(x, y) for x, y in points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
-        out.append(label_right(places[-1][1] + 4, f"{name} {points[-1][1]:.1f}", colour))
+        labels.append((places[-1][1] + 4, f"{name} {points[-1][1]:.1f}", colour))
+    lowest = HEIGHT
+    for height, words, colour in sorted(labels, reverse=True):  # from below, apart, in their order
+        lowest = min(height, lowest - 15)
+        out.append(text(WIDTH - RIGHT + 8, lowest, words, colour=colour))
     return "\n".join([*out, "</svg>\n"])
 
 
