@@ -123,7 +123,7 @@ PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
     "laptop-long": LONG | dict(  # --masking random: an hour in bfloat16, float32 half as fast
         size="wide", steps=32_000, warmup_frac=1 / 160, eval_every=2000),
-    "gpu": LONG | dict(  # half an hour on an H100; some 20 epochs, so with dropout
+    "gpu": LONG | dict(  # an H100: half an hour, estimated; some 20 epochs, so with dropout
         size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
         steps=80_000, warmup_frac=1 / 160, eval_every=1000, compile=True),
     "paper": dict(  # the paper's public model cards, read literally
@@ -141,7 +141,7 @@ def parse_flags():
         formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
     parser.error = refuse_command
     parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes; laptop-long: "
-                        "hours; gpu: half an hour on an H100; paper: read literally. Flags win")
+                        "an hour; gpu: one GPU; paper: read literally. Any flag overrides it")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
     parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")

@@ -352,7 +352,7 @@ def told_rates(floors, tried, recipe):
         best = sorted({rates_of(e["recipe"]) for f in floors for e in f.entries
                        if e["task"] == task})
         if rates != own:
-            used.setdefault(f"{' or '.join(best)} (of {len(rates)})", []).append(task)
+            used.setdefault(f"{' or '.join(best)} (of {len(rates)} scored)", []).append(task)
     if used:
         notes.append("random weights at the best --lr that was scored: " + "; ".join(
             f"{rate} on {', '.join(on)}" for rate, on in used.items()))
@@ -391,8 +391,9 @@ def validity(runs, row, floors, floor, example):
     reasons = []
     margin = min(run.margin for run in runs)
     if margin < 0.5:
-        reasons.append(f"its held-out loss is {margin:.2f} nats below {WITHOUT_CONTEXT} of the "
-                       "unigram entropy, which needs no context, less than 0.5")
+        where = f"{abs(margin):.2f} nats {'below' if margin > 0 else 'above'}"
+        reasons.append(f"its held-out loss is {where} {WITHOUT_CONTEXT} of the unigram entropy, "
+                       "which needs no context; it must be 0.5 below")
     for task in PRIMARY:
         if task not in row["parts"] or task not in floor["parts"]:
             reasons.append(f"{task} is not scored")

@@ -101,10 +101,10 @@ def draw(arms, floors, label):
         out.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
         out += [f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4" fill="{colour}"/>' for x, y in places]
         labels.append((places[-1][1] + 4, f"{name} {points[-1][1]:.1f}", colour))
-    lowest = HEIGHT
-    for height, words, colour in sorted(labels, reverse=True):  # from below, apart, in their order
-        lowest = min(height, lowest - 15)
-        out.append(text(WIDTH - RIGHT + 8, lowest, words, colour=colour))
+    below = HEIGHT  # where the label before it is: from below, apart, in their order
+    for height, words, colour in sorted(labels, reverse=True):
+        below = min(height, below - 15)
+        out.append(text(WIDTH - RIGHT + 8, below, words, colour=colour))
     return "\n".join([*out, "</svg>\n"])
 
 

@@ -32,7 +32,8 @@ def start(argv, **how):
     how = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "errors": "replace",
            **how}
     return subprocess.Popen([sys.executable, *map(str, argv)], cwd=ROOT, **how,
-                            env={**os.environ, "OMP_NUM_THREADS": "1"})
+                            env={**os.environ, "OMP_NUM_THREADS": "1",
+                                 "CUDA_VISIBLE_DEVICES": ""})  # runs are compared bit for bit
 
 
 def start_mute(argv):

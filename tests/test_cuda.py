@@ -2,13 +2,15 @@
 
     python -m pytest tests/test_cuda.py -q
 
-Each check is a process of its own, since tests/__init__.py hides the GPU from this one. The first
-compares every piece on both devices in float32; the rest run the scripts.
+Each check is a process of its own, since tests/conftest.py hides the GPU from this one. The first
+compares every piece on both devices in float32: `python tests/test_cuda.py cuda`, that is this file
+as a script, prints the differences. The rest run the scripts.
 """
 
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -89,12 +91,12 @@ def compare(device):
     return apart
 
 
-if __name__ == "__main__":
+if __name__ == "__main__":  # here, since what follows is of the tests, and may hide the GPU
     print(json.dumps(compare(sys.argv[1])))
     sys.exit()
 
 from data.runs import read_log
-from tests import GPUS
+from tests.conftest import GPUS
 from tests.box import GLUE_TASKS, toy
 from tests.test_data import WORDS, write_corpus
 from tests.test_glue_data import LABELS, write_task
@@ -161,7 +163,7 @@ def last_loss(folder):
     ["--masking", "self", "--init-frac", "0.3", "--compile", "--micro-batch", "4"],
     ["--masking", "self", "--init-frac", "0.2", "--score-input", "type"],
     ["--masking", "entropy", "--distill", "complete", "--teacher", "TEACHER"],
-], ids=lambda flags: " ".join(flags[1:]).replace("-", "") if isinstance(flags, list) else flags)
+], ids=lambda flags: " ".join(flags[1:]).replace("-", ""))
 def test_a_run_on_the_gpu_learns_what_it_learns_on_the_cpu(box, tmp_path, flags):
     flags = [*flags, "--dropout", "0"]
     out = run(*toy(box, tmp_path / "gpu", *flags))
@@ -188,7 +190,7 @@ def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(box, tmp_path):
     part = [tmp_path / "part" if a == tmp_path / "whole" else a for a in whole]
     run("-c", script, *part, status=143)
     out = run("train.py", "--resume", tmp_path / "part", "--device", "cuda")
-    assert "going on after step 3" in out
+    assert re.search(r"going on after step 3[01]\b", out)  # the signal comes in step 30 or after
     assert abs(last_loss(tmp_path / "whole") - last_loss(tmp_path / "part")) < 0.02
 
 
@@ -210,4 +212,5 @@ def test_fine_tuning_scores_alike(box, tmp_path, freeze):
         scores[device] = {e["task"]: e["score"] for e in kept}
         assert {e["device"] for e in kept} == {device} and len(kept) == len(GLUE_TASKS)
     for task, score in scores["cpu"].items():
+        # 40 rows: one is 2.5 points, and bfloat16 turns some; a wrong label or mask would be 50
         assert abs(score - scores["cuda"][task]) < 20, scores
