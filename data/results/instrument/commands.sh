@@ -174,14 +174,15 @@ B="--batch-size 32 --lr 1.4e-3"
 $C $B --steps 64000 --warmup-frac 0.0015625 --eval-every 4000 --out runs/wide-262M
 $C $B --steps 96000 --warmup-frac 0.00104167 --eval-every 6000 --out runs/wide-393M
 $C $B --size mini --steps 60500 --warmup-frac 0.00165289 --eval-every 3781 --out runs/mini-248M
-$C --layers 3 --width 256 --steps 21500 --warmup-frac 0.00930233 --eval-every 1343 --out runs/3x256-44M    # about the FLOPs
-$C --layers 2 --width 384 --steps 16000 --warmup-frac 0.0125 --eval-every 1000 --out runs/2x384-33M        # of wide-66M
+# Two other shapes, with about the FLOPs of wide-66M
+$C --layers 3 --width 256 --steps 21500 --warmup-frac 0.00930233 --eval-every 1343 --out runs/3x256-44M
+$C --layers 2 --width 384 --steps 16000 --warmup-frac 0.0125 --eval-every 1000 --out runs/2x384-33M
 # Fine-tuning on the H100, a process a task; runs and random weights were scored by jobs of their own.
 G="python glue.py --glue-dir GLUE --threads 1 --tasks SST-2,QQP,MNLI,QNLI"
 $G runs/wide-66M-s[234] --seeds 3
 $G runs/wide-262M --seeds 2
 $G runs/wide-66M-s0-gpu runs/3x256-44M runs/2x384-33M
-$G runs/mini-248M --seeds 2    # the second seed was stopped after MNLI and QNLI
+$G runs/mini-248M --seeds 2    # the second seed's SST-2 and QQP on the CPU
 $G runs/mini-248M --lr 3e-4 --embedding-lr 3e-4
 $G runs/wide-131M --max-train 0
 # The rest on two cores
@@ -191,13 +192,14 @@ $G runs/wide-66M-s[012] --seeds 1    # random weights alone, of three seeds
 $G runs/wide-393M --seeds 2
 $G runs/wide-131M --epochs 1         # and random weights with --lr 3e-4 --embedding-lr 3e-4, too
 $G runs/mini-248M --max-train 5000
-for r in wide-66M-s0 wide-393M mini-248M; do
+for r in screen wide-66M-s0 wide-262M wide-393M mini-248M; do
     $G runs/$r --freeze
     $G runs/$r --tasks STS-B
 done
-python -m data.reach runs/mini-248M --blocks 128
+python -m data.reach runs/mini-248M --blocks 128    # reach.txt
 python glue.py runs/wide-66M-s[01234] --table --tasks SST-2,QQP,MNLI,QNLI    # "it can be compared with"
-# A loop around glue.fine_tune, of which this is the meaning (masked tokens have no flag):
+# fit.jsonl: a loop around glue.fine_tune, of which this is the meaning. Masked tokens have no flag: in fine_tune, before the vector,
+# tokens = tokens.masked_fill((torch.rand(tokens.shape) < 0.2) & (tokens >= N_SPECIAL), MASK)
 $G runs/wide-131M --tasks MNLI --epochs 6 --dropout 0.1
 $G runs/mini-248M --tasks MNLI,QNLI --max-train 5000 --pool-output cls
 
