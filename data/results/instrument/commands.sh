@@ -153,6 +153,9 @@ for r in screen screen-4096 screen-16384; do python glue.py --glue-dir GLUE --th
 python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/screen --tasks SST-2,QQP,MNLI,QNLI
 python glue.py --glue-dir GLUE --threads 1 --dtype bfloat16 runs/wide-66M-s0 --seeds 3 --tasks SST-2,QQP,MNLI,QNLI
 $P --seed 1 --out runs/wide-66M-s1
+C="$P --decay-frac 0.25 --warmup-frac 0.025"    # the 25 minutes
+$C --steps 8000 --eval-every 1000 --out runs/wide-16M
+$C --batch-size 8 --steps 16000 --eval-every 2000 --out runs/wide-16M-batch-8
 # These need:  git apply data/results/instrument/optimiser.patch
 SHARE=1 $W --out runs/screen-share
 HEAD=32 $W --out runs/screen-heads-of-32
