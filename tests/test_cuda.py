@@ -58,7 +58,6 @@ def compare(device):
     types = (torch.arange(34) > 15).long().expand(8, -1)
 
     for kind in ("rotary", "learned"):
-        torch.manual_seed(0)
         shape = Shape(300, layers=2, width=128, seq_len=34, positions=kind, dropout=0.0)
         results = []
         for where in ("cpu", device):
