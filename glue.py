@@ -381,10 +381,11 @@ def work(a, subjects):
                         for part in (train, *devs)]
                 rows[0] = [rows[0][i] for i in keep]
                 encoded[key] = rows
-        # One row of each task is shown: the cheapest way to see a wrong label or tokenizer.
-        ids, label = rows[0][0][0], train.labels[keep[0]]
-        print(f"{name}: {len(keep)} of {len(train)} training rows, for example "
-              f"{''.join(subjects[0].tokenizer.pieces[i] for i in ids)[:150]} -> {label}", file=out)
+                # One row is shown: the cheapest way to see a wrong label or tokenizer.
+                ids, label = rows[0][0][0], train.labels[keep[0]]
+                print(f"{name}: {len(keep)} of {len(train)} training rows, for example "
+                      f"{''.join(subject.tokenizer.pieces[i] for i in ids)[:150]} -> {label}",
+                      file=out)
 
     # ---- what there is to do, and about how much work it is
     def cost(subject, rows, updates=0):

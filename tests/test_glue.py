@@ -122,6 +122,23 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
     assert "| self | 1 |" in out and "MRPC f1" in out and "there is no random arm" in out
 
 
+def test_every_tokenizer_shows_a_row_in_its_own_pieces(folder, tmp_path, monkeypatch, capsys):
+    call(["train.py", "--corpus", folder / "text.txt", "--cache", folder / "cache", "--vocab-size",
+          "320", "--layers", "1", "--width", "64", "--seq-len", "32", "--batch-size", "4",
+          "--steps", "2", "--threads", "1", "--masking", "random", "--out", tmp_path / "small"],
+         monkeypatch)
+    few = ["--tasks", "CoLA", "--epochs", "1"]
+    for runs in ((tmp_path / "small", "random"), ("random", tmp_path / "small")):
+        capsys.readouterr()
+        call(command(folder, *few, runs=runs), monkeypatch)
+        shown = re.findall(r"CoLA: .*for example (.*) -> ", capsys.readouterr().out)
+        assert len(shown) == 2 and shown[0] != shown[1]
+        text = (folder / "GLUE" / "CoLA" / "train.tsv").read_text().replace(" ", "▁")
+        for pieces in shown:  # the beginning of a sentence of the file: no other pieces give that
+            assert pieces.removeprefix("[CLS]▁").replace("[SEP]", "") in text
+        (folder / "random" / "glue.json").unlink()
+
+
 def test_scores_are_pure_in_run_recipe_rows_and_seed(folder, monkeypatch, capsys):
     flags = ["--tasks", "rte, CoLA", "--epochs", "2", "--seeds", "2"]
     call(command(folder, *flags), monkeypatch)
