@@ -1,11 +1,10 @@
-"""The few things that every script needs once: one-line errors, atomic writes, checksums, locks.
+"""Files that survive: one-line errors, atomic writes, checksums, locks.
 
-A user's mistake is a `UserError`: one line on stderr that says what to do, exit status 2. Anything
-else that goes wrong is our bug and keeps its traceback.
+A user's mistake is a `UserError`: one line on stderr that says what to do, exit status 2. So is a
+file that cannot be read or written, wherever that happens: `run_script` is the one place that puts
+an OSError into words. Anything else that goes wrong is our bug and keeps its traceback.
 """
 
-import argparse
-import contextlib
 import errno
 import fcntl
 import hashlib
@@ -13,11 +12,11 @@ import io
 import json
 import os
 import pickle
-import resource
 import signal
 import sys
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 
@@ -25,93 +24,66 @@ class UserError(Exception):
     """Something that the user can put right. Its text is the one line that they will read."""
 
 
-def refuse_command(message):
-    """For argparse's parser.error: one line where it would print the whole usage."""
-    raise UserError(f"{message}; --help lists what can be given")
+class Output:
+    """sys.stdout or sys.stderr for work that must not die with its reader: what the terminal has no
+    letters for is replaced, and where nobody reads any more (a closed pipe, a full disk) the rest
+    is dropped."""
 
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")  # None: closed before we began (2>&-)
+        self.stream.reconfigure(errors="replace")
 
-def add_flags(parser, flags):
-    """Add {group: [(name, default, help, choices where there are any)]} to an argparse parser."""
-    for title, group in flags.items():
-        arguments = parser.add_argument_group(title)
-        for name, default, text, *choices in group:
-            if default not in ("", -1):
-                text += f" (default {default})"
-            how = {"choices": choices[0]} if choices else {"type": type(default), "metavar": "X"}
-            if isinstance(default, bool):
-                how = {"action": argparse.BooleanOptionalAction}
-            arguments.add_argument(f"--{name}", help=text, **how)
+    def try_to(self, action, *args):
+        try:
+            return getattr(self.stream, action)(*args)
+        except OSError:
+            self.stream = open(os.devnull, "w")
 
+    def write(self, text):
+        return self.try_to("write", text)
 
-def check_range(flags, names, allowed, rule):
-    """UserError for the first of the flags in `names` whose value is not allowed(value)."""
-    for name in names.split():
-        if not allowed(flags[name]):
-            raise UserError(f"--{name.replace('_', '-')} {flags[name]}: must be {rule}")
+    def flush(self):
+        return self.try_to("flush")
 
-
-def say(line):
-    """A line on stderr, below the progress bars of what it ends; else it would be glued to one."""
-    for bar in list(getattr(tqdm, "_instances", ())):
-        bar.close()
-    print(line, file=sys.stderr)
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
 
 
 def run_script(main):
-    """Return main(); turn a UserError into one line and status 2, Ctrl-C into status 130."""
+    """Return main(); turn a UserError or an OSError into one line and status 2, Ctrl-C into 130."""
+    # A closed stdout or stderr leaves its number free, and the next file opened would be printed
+    # into: take the numbers 0 to 2 first.
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    if not isinstance(sys.stdout, Output):
+        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         return main()
     except UserError as error:
-        rank = os.environ.get("RANK", "0")  # torchrun's number of this process
-        who = "error" if rank == "0" else f"error in process {rank}"
-        say(f"{who}: {' '.join(str(error).split())}")
-        sys.exit(2)
-    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + signal.SIGPIPE)
+        message = f"error: {' '.join(str(error).split())}"
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            say(f"error: this name is too long for a file: {error.filename}")
-            sys.exit(2)
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
-            raise
-        say(f"error: cannot write: {error.strerror}; what is on disk is whole: make room, then "
-            "give the command again (train.py: with --resume)")
-        sys.exit(2)
+        name = error.filename or ""
+        message = f"error: {name}{': ' if name else ''}{error.strerror or error}"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            message += ("; what is on disk is whole: make room, then give the command again "
+                        "(train.py: with --resume)")
     except KeyboardInterrupt:
-        say("\ninterrupted: nothing that was finished is lost")
-        sys.exit(130)
+        message = "\ninterrupted: nothing that was finished is lost"
+    for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to a bar
+        bar.close()
+    print(message, file=sys.stderr)
+    sys.exit(130 if message[0] == "\n" else 2)
 
 
-def catch_signals():
-    """-> a list into which the number of a signal is put; a second signal is not waited for."""
-    caught = []
-
-    def on_signal(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
-            signal.signal(number, on_signal)
-    return caught
+def progress(*args, **kwargs):
+    """A progress bar for a person; for a log file a line now and then."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return tqdm(*args, **{"unit_scale": True, "mininterval": 0.1 if terminal else 30, **kwargs})
 
 
-def sha256_file(path):
-    """The sha256 of a file's bytes as 64 hex digits, read in pieces of 1 MiB."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while piece := f.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()
-
-
-def make_folder(path):
-    """Create a folder and those above it, where they are not there. UserError if that fails."""
-    try:
-        Path(path).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot create {path}: {error.strerror}")
+# --------------------------------------------------------------------------------------------------
+# writing and reading
 
 
 def write_atomic(path, data):
@@ -129,38 +101,36 @@ def write_atomic(path, data):
             os.fsync(f.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        with contextlib.suppress(OSError):  # there may be nothing that can be removed
-            temporary.unlink()
-        raise UserError(f"cannot write {path}: {error.strerror}; what was there is unchanged")
-
-
-def checksum(value):
-    """The sha256 of a JSON value, whatever the order of its keys, as 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+        temporary.unlink(missing_ok=True)
+        error.filename = str(path)  # a full disk does not say of which file
+        raise
 
 
 def write_json(path, value):
-    """Write a dict whose keys are strings, with a checksum of its own beside them, atomically."""
-    value = {**value, "checksum": checksum(value)}
+    """Write a JSON value, atomically."""
     write_atomic(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def read_json(path):
-    """What write_json wrote, without the checksum. UserError if it is missing or damaged."""
+    """A file that holds a JSON object -> a dict. UserError if it holds anything else."""
     try:
         value = json.loads(Path(path).read_text(encoding="utf-8"))
-        recorded = value.pop("checksum", None) if isinstance(value, dict) else None
-        actual = checksum(value)
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
     except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
         raise UserError(f"{path} is damaged: {error}")
     if not isinstance(value, dict):
         raise UserError(f"{path} is damaged: a JSON object was expected")
-    if recorded != actual:
-        raise UserError(f"{path} is damaged, was changed by hand, or is of another version: "
-                        "its checksum is not that of its content")
     return value
+
+
+def sha256_file(path):
+    """The sha256 of a file's bytes as 64 hex digits."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def sha256_json(value):
+    """The sha256 of a JSON value, whatever the order of its keys, as 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def save_tensors(path, value):
@@ -170,26 +140,17 @@ def save_tensors(path, value):
     bytes before it, so plain `torch.load(path, weights_only=True)` still opens the file, and
     load_tensors can tell a flipped bit, which torch.load would pass over in silence.
     """
-    import torch
-
     buffer = io.BytesIO()
     torch.save(value, buffer)
-    end = buffer.seek(-2, io.SEEK_END)
-    assert buffer.read() == b"\0\0", "a zip archive without a comment ends in its length, 0"
-    buffer.seek(end)
-    buffer.write((64).to_bytes(2, "little"))
-    buffer.write(hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    write_atomic(path, buffer.getbuffer())
+    data = buffer.getvalue()
+    assert data.endswith(b"\0\0"), "a zip archive without a comment ends in its length, 0"
+    data = data[:-2] + (64).to_bytes(2, "little")
+    write_atomic(path, data + hashlib.sha256(data).hexdigest().encode())
 
 
 def load_tensors(path):
-    """What save_tensors wrote. UserError if missing or damaged; runs no code from the file."""
-    import torch
-
-    try:
-        data = Path(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}")
+    """What save_tensors wrote. UserError if it is damaged; runs no code from the file."""
+    data = Path(path).read_bytes()
     if hashlib.sha256(data[:-64]).hexdigest().encode() != data[-64:]:
         raise UserError(f"{path} is damaged: its bytes do not have the checksum they carry")
     try:  # what a stranger made may have a right checksum; torch then fails in many ways
@@ -201,36 +162,39 @@ def load_tensors(path):
         raise UserError(f"{path} is not one of our files: {str(error)[:120]}")
 
 
-def lock_folder(folder, wait=False):
+def lock_folder(folder, wait=""):
     """Hold `folder` for this process until it ends, however it ends. Where another process holds
-    it: UserError, or, with `wait`, wait for it.
+    it: UserError, or, with `wait` (what for: it is printed), wait for it.
 
     The kernel drops a flock when its process dies, so a lock never outlives its owner. Keep the
-    returned file object alive: closing it gives the folder back.
+    returned file object alive: closing it gives the folder back. Some network file systems have no
+    locks: then there is a warning, once, and no lock.
     """
+    handle = open(Path(folder) / ".lock", "w")
     try:
-        handle = open(Path(folder) / ".lock", "w")
-    except OSError as error:
-        raise UserError(f"cannot write in {folder}: {error.strerror}")
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
+        if not wait:
+            raise UserError(f"{folder} is in use by another process: wait for it, or stop it")
+        print(f"waiting for another process: {wait}", file=sys.stderr)
+        fcntl.flock(handle, fcntl.LOCK_EX)
     except OSError as error:
-        raise UserError(f"cannot lock {folder}: {error.strerror}")
+        if not hasattr(lock_folder, "warned"):
+            print(f"warning: no locks on the file system of {folder} ({error.strerror}): do not "
+                  "give two processes the same run or a cold cache", file=sys.stderr)
+        lock_folder.warned = True
     return handle
 
 
-def progress(*args, **kwargs):
-    """A bar for a person; for a log file a line now and then."""
-    return tqdm(*args, **kwargs, unit_scale=True, mininterval=0.1 if sys.stderr.isatty() else 30)
+def catch_signals():
+    """-> a list into which the number of a signal is put; a second signal is not waited for."""
+    caught = []
 
+    def on_signal(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
 
-def peak_memory(device):
-    """Bytes: on a GPU what torch allocated there, else the largest resident size of the process."""
-    import torch
-
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, on_signal)
+    return caught

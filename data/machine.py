@@ -1,0 +1,187 @@
+"""Where a script runs: device, number format, threads, and the other processes of torchrun.
+
+    torchrun --nproc-per-node=2 train.py --masking self
+
+Each process holds the whole model and takes an equal share of the rows of every batch; gradients
+are averaged (torch's DistributedDataParallel). All draws are functions of the row's number in the
+whole batch, so N processes do what one does with --micro-batch (batch size / N), but for the order
+in which gradients are summed. Process 0 alone writes; several machines need a shared folder.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import shlex
+import shutil
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from data.files import UserError
+
+# Only torchrun's own start means several processes: RANK alone may be left over from something else.
+LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+# For one process to prepare a large corpus while the others wait. A process that dies is noticed
+# at once, since its connections close.
+PATIENCE = timedelta(hours=2)
+
+MACHINE_FLAGS = [  # of train.py and glue.py alike
+    ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU where there is one"),
+    ("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 on GPUs that have it"),
+    ("threads", 0, "0 or more", "CPU threads; 0: as many as this process may use cores"),
+]
+
+
+def cores():
+    """How many CPU cores this process may use: fewer than the machine has, in a container or under
+    taskset or a batch system."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def keep_memory():
+    """Let memory that was freed stay with the process: on Linux, the large tensors of every step
+    are otherwise given back and mapped again, page by page."""
+    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):  # an old glibc refuses so much
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def processor(device):
+    """The name of the GPU or CPU, as its maker prints it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    try:
+        with open("/proc/cpuinfo") as f:
+            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
+    except (OSError, StopIteration):  # not Linux, or not a PC
+        return platform.processor() or platform.machine()
+
+
+class Machine:
+    """Device, dtype ("float32" or "bfloat16") and threads, from the flags in `args`."""
+
+    def __init__(self, args):
+        keep_memory()
+        self.threads = args.threads or cores()
+        torch.set_num_threads(self.threads)
+        if args.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
+        use_gpu = args.device != "cpu" and torch.cuda.is_available()
+        self.device = torch.device("cuda" if use_gpu else "cpu")
+        self.dtype, why = args.dtype, "as asked"
+        if self.dtype == "auto" and use_gpu and torch.cuda.is_bf16_supported():
+            self.dtype, why = "bfloat16", "this GPU has it"
+        elif self.dtype == "auto":
+            self.dtype, why = "float32", "exact, and the fast one on most CPUs"
+            if not use_gpu and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
+                why = "exact; this CPU is faster with --dtype bfloat16"
+        if WORLD > 1:
+            self.join()
+        self.name = processor(self.device)
+        self.about = f"{self.name}, {self.threads} threads, {self.dtype} ({why})"
+
+    def record(self):
+        """What config.json and glue.json say of the machine."""
+        return {"machine": self.name, "device": self.device.type, "dtype": self.dtype,
+                "torch": torch.__version__, "threads": self.threads, "processes": WORLD}
+
+    def autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def peak_memory(self):
+        """Bytes: on a GPU what torch allocated there, else the process's largest resident size."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
+        unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+    def compile(self, model):
+        """torch.compile(model). UserError where the compiler that it calls is missing."""
+        if not any(map(shutil.which, (os.environ.get("CXX", "g++"), "gcc", "clang"))):
+            raise UserError("--compile needs a C++ compiler, for example g++, and there is none: "
+                            "install one, or leave the flag out")
+        return torch.compile(model)
+
+    def without_memory(self, error, blocks, run):
+        """A UserError if `error` is what torch or Python raises where there is no memory for so
+        many blocks of a `run` at once, else None."""
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
+                "can't allocate memory" not in str(error)):
+            return None
+        fewer = next((blocks // n for n in (16, 8, 4, 2, 3, 5) if blocks % n == 0), 1)
+        return UserError(f"not enough memory for {blocks} blocks at once: go on with  python "
+                         f"train.py --resume {shlex.quote(str(run))} --micro-batch {fewer}")
+
+    # ---- several processes: where there is one, these do nothing
+
+    def join(self):
+        """Meet the other processes."""
+        if RANK:
+            sys.stdout = open(os.devnull, "w")  # process 0 speaks for all
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(self.device)
+        dist.init_process_group("gloo" if self.device.type == "cpu" else "cpu:gloo,cuda:nccl",
+                                timeout=PATIENCE)
+
+    def leave(self):
+        if WORLD > 1:
+            dist.barrier()
+            dist.destroy_process_group()
+
+    def in_turn(self, function):
+        """function() in process 0, then, when that is through, in the others -> its value."""
+        value = None if RANK else function()
+        if WORLD > 1:
+            dist.barrier()
+        return function() if RANK else value
+
+    def parallel(self, model):
+        """A model whose backward averages the gradients over the processes."""
+        if WORLD == 1:
+            return model
+        self.ddp = DistributedDataParallel(model, forward_sync_buffers=False)
+        return self.ddp
+
+    def micro_batches(self, batch_size, size):
+        """Yield this process's rows of a batch, `size` at a time (0: all): (slice, weight), where
+        the weight is their share of the process's rows. Gradients are averaged over the processes
+        once: in the backward of the last."""
+        share = batch_size // WORLD
+        size = size or share
+        assert share * WORLD == batch_size and share % size == 0, "rows would be left out"
+        for first in range(RANK * share, (RANK + 1) * share, size):
+            if WORLD > 1:
+                self.ddp.require_backward_grad_sync = first + size == (RANK + 1) * share
+            yield slice(first, first + size), size / share
+
+    def any(self, flag):
+        """Is it true in any process? All stop after the same step, or they would wait for ever."""
+        if WORLD > 1:
+            flag = torch.tensor(int(flag))
+            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+        return bool(flag)
+
+    def mean(self, x):
+        """The mean of a tensor over the processes."""
+        if WORLD > 1:
+            dist.all_reduce(x)
+            x /= WORLD
+        return x
+
+    def gather_rows(self, x):
+        """(n, ...) of this process -> (WORLD n, ...): those of all processes, in their order."""
+        if WORLD == 1:
+            return x
+        parts = [torch.empty_like(x) for _ in range(WORLD)]
+        dist.all_gather(parts, x)
+        return torch.cat(parts)
