@@ -1,0 +1,326 @@
+"""What a strategy masks: as numbers for the log, in the terminal, and as a page.
+
+    python masking.py runs/self-0 "The function returns a new array."
+    python masking.py runs/self-0 "The function returns a new array." --html page.html
+
+masking.py decides, this file looks. The *exact* entropy of a token is that of the model's
+prediction where this token alone is masked: what the cheaper scores stand for, at the price of one
+forward per token. Entropies are in nats.
+"""
+
+import os
+import sys
+from functools import partial
+from html import escape
+from pathlib import Path
+from string import Template
+
+import numpy as np
+import torch
+
+from data.files import UserError, load_tensors, read_json, write_atomic
+from data.metrics import spearman
+from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from masking import (
+    MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, draw, entropy, mask_count, uncertainty,
+)
+from model import load
+
+DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
+DOSE_BLOCKS = 16  # exact entropies take a forward per token: some 2000 at 128 tokens a block
+PLATEAU = 0.1  # nats; where entropies differ by less within a row, their order is noise
+
+# --------------------------------------------------------------------------------------------------
+# for the log
+
+
+def token_kinds(pieces, counts):
+    """Name kinds of vocabulary items: {kind: boolean (V,)}, for the table of what is masked.
+
+    pieces: the vocabulary; counts (V,): how often each occurs in the training text. (Capitals are
+    not among them: the tokenizer folds case, and ids do not remember it.)
+    """
+    counts = torch.as_tensor(np.where(np.arange(len(counts)) < N_SPECIAL, 0, counts))
+    pieces = ["" if p.startswith("<0x") else p for p in pieces]  # bytes of rare characters
+    frequent = torch.zeros(len(pieces), dtype=torch.bool)
+    frequent[counts.argsort(descending=True, stable=True)[:100]] = True
+    return {
+        "word_internal": torch.tensor([p[:1].isalnum() for p in pieces]),  # no "▁" before it
+        "number": torch.tensor([any(c.isdigit() for c in p) for p in pieces]),
+        "frequent": frequent,  # the 100 most frequent
+        "rare": counts < 100,  # seen fewer than 100 times
+    }
+
+
+def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
+    """Compare what the strategy masks in tokens (B, T) with all tokens: a dict for the log.
+
+    choose_now(tokens, noise) -> positions (B, k) is the strategy as it is at this step. The noise
+    is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, all]:
+
+    entropy, accuracy  of the model at the chosen tokens, all [MASK], and at k random ones
+    word_internal ...  shares of the kinds of token_kinds
+    overlap            share of the chosen that are chosen again with other noise, and what a random
+                       choice has: how repetitive the masks are
+    rate               masked share of the maskable tokens
+    neighbour          share of the chosen whose right neighbour is chosen, too
+    dose               see dose(), of the first blocks; only where asked for: it takes many forwards
+    rank_correlation   Spearman of the `free` scores, a VocabularyMean, with fresh masked entropies
+    """
+    noise = [draw(DIAGNOSIS_SEED, i, *tokens.shape).to(tokens.device) for i in range(3)]
+    anywhere = partial(MASKING["random"], None, None, None)
+    model.eval()
+    chosen, again = choose_now(tokens, noise[0]), choose_now(tokens, noise[1])
+    maskable = tokens >= N_SPECIAL
+    pairs = {"entropy": [], "accuracy": []}
+    for positions in (chosen, choose(tokens, k, anywhere, "high", 0, noise[2])):
+        inputs = tokens.scatter(1, positions, MASK)
+        pairs["entropy"].append(uncertainty(model, inputs, positions).mean().item())
+        with torch.inference_mode():
+            guesses = torch.cat([model(x, p).argmax(-1)
+                                 for x, p in zip(inputs.split(16), positions.split(16))])
+        pairs["accuracy"].append((guesses == tokens.gather(1, positions)).float().mean().item())
+    for name, kind in kinds.items():
+        kind = kind.to(tokens.device)
+        pairs[name] = [kind[tokens.gather(1, chosen)].float().mean().item(),
+                       kind[tokens[maskable]].float().mean().item()]
+    is_chosen = torch.zeros_like(maskable).scatter(1, chosen, True)
+    rate = (is_chosen & maskable).sum() / maskable.sum()
+    overlap = is_chosen.gather(1, again).float().mean()
+    pairs["overlap"] = [overlap.item(), (k * len(tokens) / maskable.sum()).item()]
+    report = {"rate": rate.item(), **pairs, "neighbour": neighbour(chosen)}
+    if with_dose:
+        report["dose"] = dose(model, tokens[:DOSE_BLOCKS], chosen[:DOSE_BLOCKS])
+    if free:
+        c = min(2 * k, maskable.sum(1).min().item())
+        places = choose(tokens, c, anywhere, "high", 0, noise[2])
+        fresh = SCORE_INPUT["masked"](model, tokens, places)
+        report["rank_correlation"] = spearman(free(model, tokens, places), fresh)
+    return report
+
+
+def one_at_a_time(model, tokens):
+    """Mask each ordinary token of tokens (B, T) alone -> an iterator over parts of them: their rows
+    (n,), their places (n,), the logits there (n, V)."""
+    all_rows, all_places = (tokens >= N_SPECIAL).nonzero(as_tuple=True)
+    for rows, places in zip(all_rows.split(64), all_places.split(64)):  # 64: the logits stay small
+        with torch.inference_mode():
+            inputs = tokens[rows].scatter(1, places[:, None], MASK)
+            logits = model(inputs, places[:, None])[:, 0]
+        yield rows, places, logits
+
+
+def exact_entropy(model, tokens):
+    """Entropy (B, T) of every token of tokens (B, T), masked alone; nan at special tokens. Takes a
+    forward per token and leaves eval mode on."""
+    model.eval()
+    H = torch.full(tokens.shape, torch.nan, device=tokens.device)
+    for rows, places, logits in one_at_a_time(model, tokens):
+        H[rows, places] = entropy(logits)
+    return H
+
+
+def standardise(H):
+    """Entropies H (B, T), nan at special tokens -> how many standard deviations of its row each is
+    above its row's mean, 0 at special tokens; None where that means nothing: on the plateau."""
+    above = H - H.nanmean(1, keepdim=True)
+    deviation = above.square().nanmean(1, keepdim=True).sqrt()  # (B, 1)
+    if deviation.mean() < PLATEAU:
+        return None
+    return (above / deviation.clamp_min(1e-6)).nan_to_num()
+
+
+def dose(model, tokens, positions):
+    """How strongly positions (B, k) select: the exact entropies of the chosen tokens, above their
+    row's mean over all maskable tokens, in that row's standard deviations; the mean over all. 0 for
+    a random choice. None on the plateau, where a row's entropies hardly differ."""
+    deviations = standardise(exact_entropy(model, tokens))
+    return None if deviations is None else deviations.gather(1, positions).mean().item()
+
+
+def neighbour(positions):
+    """Share of the chosen positions (B, k), in ascending order, whose right neighbour is chosen."""
+    return (positions.diff(dim=1) == 1).sum().item() / positions.numel()
+
+
+# --------------------------------------------------------------------------------------------------
+# several strategies beside each other
+
+STRATEGIES = {  # name -> (--masking, what the model reads, --select, --pool)
+    "random": ("random", None, "high", 0),
+    **{select: ("self", SCORE_INPUT["masked"], select, 2) for select in SELECT},
+    "unmasked": ("self", SCORE_INPUT["unmasked"], "high", 0),  # a literal guess from the abstract
+}
+
+
+def watch(strategy, model, tokens, k, noise):
+    """Choose by a strategy -> positions (B, k) and the entropies (B, T) that it chose by, nan where
+    it looked at none."""
+    masking, ask, select, pool = strategy
+    seen = torch.full(tokens.shape, torch.nan, device=tokens.device)
+
+    def score(tokens, places):
+        H = MASKING[masking](ask, model, None, tokens, places)
+        seen.scatter_(1, places, H)
+        return H
+
+    return choose(tokens, k, score, select, pool, noise), seen
+
+
+def report_doses(model, tokens, strategies, rates=(0.15, 0.30)):
+    """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each rate its dose,
+    neighbour, and rank_correlation: Spearman of its entropies with the exact ones, within a row.
+
+    The last rule, `exact`, takes the highest exact entropies: the largest dose there is.
+    """
+    exact = exact_entropy(model, tokens)
+    deviations = standardise(exact)
+    noise = draw(DIAGNOSIS_SEED, 0, *tokens.shape).to(tokens.device)
+    look_up = ("self", lambda model, tokens, places: exact.gather(1, places), "high", 0)
+    reports = []
+    for rule, strategy in {**strategies, "exact": look_up}.items():
+        report = {"rule": rule, "dose": [], "neighbour": [], "rank_correlation": []}
+        for rate in rates:
+            positions, seen = watch(strategy, model, tokens, mask_count(rate, tokens.shape[1]),
+                                    noise)
+            both = seen.isfinite() & exact.isfinite()
+            report["dose"].append(None if deviations is None else
+                                  deviations.gather(1, positions).mean().item())
+            report["neighbour"].append(neighbour(positions))
+            report["rank_correlation"].append(np.mean([
+                spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item())
+        reports.append(report)
+    return reports
+
+
+def print_doses(reports, rates=(0.15, 0.30)):
+    """Print what report_doses returns as a Markdown table."""
+    heads = [f"{head} at {rate:.0%}" for rate in rates
+             for head in ("dose", "neighbour", "rank correlation")]
+    print("| rule |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
+    for report in reports:
+        cells = []
+        for i in range(len(rates)):
+            amount = report["dose"][i]
+            cells += ["plateau" if amount is None else f"{amount:+.2f}",
+                      f"{report['neighbour'][i]:.2f}", f"{report['rank_correlation'][i]:.2f}"]
+        print(f"| {report['rule']} |", " | ".join(cells), "|")
+
+
+# --------------------------------------------------------------------------------------------------
+# one sentence
+
+
+def explain(model, tokenizer, text, strategies, rate, seed):
+    """Look at one sentence -> a dict per token: piece; its entropies `alone` (exact), `pool` (as
+    high to mix read it; None outside the pool) and `unmasked`; guesses [(piece, probability)];
+    masked {strategy: bool}. UserError for a sentence that does not fit the model."""
+    ids = tokenizer.encode(text)
+    if not 2 <= len(ids) <= model.shape.seq_len - 2:
+        raise UserError(f"the sentence is {len(ids)} token(s) long: this model reads from 2 to "
+                        f"{model.shape.seq_len - 2}; put it in quotes")
+    tokens = torch.tensor([[CLS, *ids, SEP]])
+    k = min(mask_count(rate, len(ids) + 2), len(ids) // 2)  # a pool of 2k must fit
+    noise = draw(seed, 0, *tokens.shape)
+    positions, seen = {}, {}
+    for name, strategy in strategies.items():
+        chosen, entropies = watch(strategy, model, tokens, k, noise)
+        positions[name], seen[name] = set(chosen[0].tolist()), entropies[0].tolist()
+    logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
+    top = logits.float().softmax(-1).topk(5)
+    rows = []
+    for i, (token, H) in enumerate(zip(ids, entropy(logits).tolist())):
+        guesses = [(tokenizer.pieces[v].replace("▁", " ").strip() or "_", p)
+                   for v, p in zip(top.indices[i].tolist(), top.values[i].tolist())]
+        pool = seen["high"][i + 1]
+        rows.append({"piece": tokenizer.pieces[token], "guesses": guesses, "alone": H,
+                     "pool": None if np.isnan(pool) else pool, "unmasked": seen["unmasked"][i + 1],
+                     "masked": {name: i + 1 in positions[name] for name in strategies}})
+    return rows
+
+
+def print_rows(rows, most, colour):
+    """Print the heat map of a sentence, then a line per token. `most`: nats of the hottest colour;
+    colour: with the terminal's colours."""
+
+    def heat(text, H):
+        if not colour:
+            return text
+        cold, hot = (255, 247, 236), (239, 101, 72)  # readable under black text
+        r, g, b = (round(c + (h - c) * H / most) for c, h in zip(cold, hot))
+        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m"
+
+    line = ""
+    for row in rows:
+        text = row["piece"].replace("▁", "")
+        line += (" " if row["piece"].startswith("▁") and line else "") + (
+            heat(text, row["alone"]) if colour else f"{text}[{row['alone']:.1f}]")
+    names = list(rows[0]["masked"])
+    print(f"\n{line}\n\n{'token':16} alone  pool  unmasked  {' '.join(names)}   best guesses")
+    for row in rows:
+        numbers = "".join(f"{'' if row[name] is None else format(row[name], '.1f'):>{width}}"
+                          for name, width in (("alone", 6), ("pool", 6), ("unmasked", 10)))
+        marks = " ".join(("#" if row["masked"][name] else ".").center(len(name)) for name in names)
+        guesses = ", ".join(f"{guess} {p:.0%}" for guess, p in row["guesses"])
+        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["alone"]) + numbers + " ",
+              marks, "", guesses * any(row["masked"].values()))
+
+
+def html_page(rows, title, most):
+    """The same as one self-contained page, made from data/inspection.html."""
+
+    def span(row):
+        tip = f"{row['alone']:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
+        space = " " if row["piece"].startswith("▁") else ""
+        return (f'{space}<span class="t" style="--h:{row["alone"] / most:.3f}" '
+                f'title="{escape(tip)}">{escape(row["piece"].replace("▁", ""))}</span>')
+
+    body = ""
+    for row in rows:
+        guesses = ", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in row["guesses"])
+        cells = [f'<td class="n">{"" if row[name] is None else format(row[name], ".1f")}</td>'
+                 for name in ("alone", "pool", "unmasked")]
+        cells += [f'<td class="m">{"●" * masked}</td>' for masked in row["masked"].values()]
+        cells += [f"<td>{guesses * any(row['masked'].values())}</td>"]
+        body += f"<tr><td>{span(row)}</td>{''.join(cells)}</tr>\n"
+    template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    return template.substitute(
+        title=escape(title), k=sum(row["masked"]["random"] for row in rows), n=len(rows),
+        most=f"{most:.0f}", body=body, sentence="".join(map(span, rows)),
+        head="".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
+
+
+def demonstrate(args):
+    """Do what `python masking.py RUN "sentence"` promises: args has run, sentence, mask_rate, seed
+    and html. UserError for everything that the user can put right."""
+    if not args.run or not Path(args.run).is_dir():
+        raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
+                        "A run is made in minutes by  python train.py --masking self")
+    if not 0 < args.mask_rate <= 0.5 or args.seed < 0:
+        raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
+    model, tokenizer = load(args.run)
+    if not args.sentence:
+        raise UserError(f'give a sentence:  python masking.py {args.run} '
+                        '"The function returns it."')
+    strategies = strategies_of(args.run, model)
+    rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
+    most = max(1.0, np.ceil(max(row["alone"] for row in rows)))
+    if args.html:
+        page = Path(args.html)
+        if page.exists() and not (
+                page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
+            raise UserError(f"{page} exists and is not a page of this program: name another")
+        write_atomic(page, html_page(rows, args.run, most).encode())
+    print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
+          "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
+          "as are masked, all masked at once (high to mix choose by it); the unmasked text.")
+    print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+
+
+def strategies_of(run, model):
+    """STRATEGIES, and `vocabulary` for a run that has kept means for every vocabulary item."""
+    if read_json(Path(run) / "config.json")["flags"].get("score_input") != "vocabulary":
+        return STRATEGIES
+    free = VocabularyMean(model.shape.vocab_size)
+    free.mean, free.seen = load_tensors(Path(run) / "checkpoint.pt")["vocabulary"]
+    return {**STRATEGIES, "vocabulary": ("self", free, "high", 2)}
