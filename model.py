@@ -8,7 +8,7 @@ Two things differ from the textbook:
    this is exact.
 2. Positions are rotary (RoFormer, Su et al. 2021, arXiv 2104.09864) with a *local start* by
    default: an initialisation that lets a small model leave the unigram plateau. `learned` is BERT
-   as published. README, "Leaving the plateau", has the measurements.
+   as published. data/results/plateau.md has the measurements.
 
     python model.py                                # the sizes, their parameters and FLOPs
     python model.py runs/self-0 --fill "The [MASK] returns a tensor."
@@ -20,19 +20,17 @@ Two things differ from the textbook:
 Shapes: B rows, T tokens a row, k masked positions a row, d width, h heads, V vocabulary.
 """
 
-import argparse
-import ctypes
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from data.export import export
-from data.files import UserError, load_tensors, read_json, refuse_command, run_script
+from data.files import UserError, load_tensors, run_script
+from data.flags import flag_parser
+from data.runs import config_sha256, read_config
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 
 # The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width; wide has no name there. A head is
@@ -55,14 +53,14 @@ class Shape:
     rotary_base: float = 100.0  # small: the slowest plane turns once in ~550 tokens
     local_start: float = 1.0  # initial query and key bias; 0 is off
     init_std: float = 0.05  # BERT: 0.02
-    dropout: float = 0.1
+    dropout: float = 0.0  # BERT: 0.1
 
     @property
     def heads(self):
         return self.width // HEAD_WIDTH
 
 
-def pick(x, positions):
+def at_places(x, positions):
     """x (B, T, d), positions (B, k) -> x at those positions (B, k, d)."""
     return x.gather(1, positions[..., None].expand(-1, -1, x.shape[-1]))
 
@@ -77,36 +75,21 @@ def rotate(x, cos, sin):
     return torch.cat((torch.addcmul(a * cos, b, sin, value=-1), torch.addcmul(a * sin, b, cos)), -1)
 
 
-class Dropout(nn.Dropout):
-    """nn.Dropout, but many times as fast on a CPU: 16 random bits decide about a number, where
-    torch draws a double for it. They come from a generator that torch's global stream seeds. p is
-    rounded to 1 / 65536."""
-
-    def forward(self, x):
-        if not self.training or not self.p or x.is_cuda or torch.compiler.is_compiling():
-            return super().forward(x)
-        words = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw(-(-x.numel() // 4))
-        bits = torch.from_numpy(words.view(np.int16))  # -32768 to 32767, all alike
-        # In place: 0 or 1 as int16, which vectors of the CPU compare and convert; bool they do not.
-        keep = bits[:x.numel()].view(x.shape).ge_(round(self.p * 65536) - 32768)
-        return x * keep.to(x.dtype).mul_(1 / (1 - self.p))
-
-
 class Attention(nn.Module):
     def __init__(self, shape):
         super().__init__()
         self.shape = shape
         self.qkv = nn.Linear(shape.width, 3 * shape.width)
         self.out = nn.Linear(shape.width, shape.width)
-        self.dropout = Dropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x, x_query, positions, rotary, attend):
         """x (B, T, d) gives keys and values; x_query (B, n, d), its rows at `positions` (B, n),
         gives queries (positions None: all of them, n = T). -> (B, n, d)"""
         d, h = self.shape.width, self.shape.heads
-        if positions is None:
+        if positions is None:  # every place asks every place
             q, k, v = self.qkv(x).chunk(3, dim=-1)
-        else:
+        else:  # the last block: only the wanted places ask, but every place answers
             weight, bias = self.qkv.weight, self.qkv.bias
             q = F.linear(x_query, weight[:d], bias[:d])
             k, v = F.linear(x, weight[d:], bias[d:]).chunk(2, dim=-1)
@@ -139,11 +122,11 @@ class Block(nn.Module):
         self.up = nn.Linear(shape.width, 4 * shape.width)
         self.down = nn.Linear(4 * shape.width, shape.width)
         self.norm2 = nn.LayerNorm(shape.width)
-        self.dropout = Dropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
 
     def forward(self, x, positions, rotary, attend):
         """x (B, T, d) -> (B, T, d), or (B, k, d) where only `positions` (B, k) are wanted."""
-        x_query = x if positions is None else pick(x, positions)
+        x_query = x if positions is None else at_places(x, positions)
         y = self.attention(x, x_query, positions, rotary, attend)
         x = self.norm1(x_query + self.dropout(y))
         return self.norm2(x + self.dropout(self.down(F.gelu(self.up(x)))))
@@ -170,7 +153,7 @@ class Bert(nn.Module):
         else:
             self.position_embedding = nn.Embedding(shape.seq_len, d)
         self.norm = nn.LayerNorm(d)
-        self.dropout = Dropout(shape.dropout)
+        self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(Block(shape) for _ in range(shape.layers))
         # The MLM head: dense + GELU + LayerNorm, then the token embedding again (tied), one bias.
         self.head_dense = nn.Linear(d, d)
@@ -241,8 +224,37 @@ def forward_flops(shape, T, k):
     return dense + last + head
 
 
-def read_model(path):
-    """A model.pt (what train.py writes at the end) -> a Bert in eval mode on the CPU."""
+def copy_token_type(weights):
+    """Pretraining sees token type 0 alone. Type 1, which fine-tuning gives to the second sentence
+    of a pair, begins there as a copy of it. Changes the state dict `weights`."""
+    weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
+
+
+def copy_weights(model, origin):
+    """Start `model` from another of the same width: embeddings, head and blocks; every second block
+    where the origin is deeper (as DistilBERT does, Sanh et al. 2019). UserError on a misfit."""
+    ours, theirs = model.shape, origin.shape
+    stride = 2 if theirs.layers > ours.layers else 1
+    same = all(getattr(ours, name) == getattr(theirs, name)
+               for name in ("vocab_size", "width", "positions", "rotary_base", "seq_len"))
+    if not same or theirs.layers not in (ours.layers, 2 * ours.layers - 1, 2 * ours.layers):
+        raise UserError("--init-from needs a run of the same vocabulary, width, positions, rotary "
+                        "base and --seq-len, with as many layers or twice as many")
+    state = origin.state_dict()
+    for name in model.state_dict():
+        if name.startswith("blocks."):
+            _, i, rest = name.split(".", 2)
+            state[name] = origin.state_dict()[f"blocks.{int(i) * stride}.{rest}"]
+    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+
+# --------------------------------------------------------------------------------------------------
+# a finished run
+
+
+def read_model(path, config=None):
+    """Read a model.pt (what train.py writes at the end) -> a Bert in eval mode on the CPU.
+    UserError if it is not one, or not the one that this `config` (of config.json) made."""
     saved = load_tensors(path)
     try:
         shape, weights = Shape(**saved["shape"]), saved["model"]
@@ -253,99 +265,40 @@ def read_model(path):
             raise ValueError("the shape is not that of the weights")
         model = Bert(shape)
         model.load_state_dict(weights)
+        trained_by = saved["config_sha256"]
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, RuntimeError
             ) as error:
         raise UserError(f"{path} holds no model of this project: {str(error)[:200]}")
+    if config and trained_by != config_sha256(config):
+        raise UserError(f"{path} was not trained by the config.json beside it: that was changed, "
+                        "or one of the two was copied here")
     return model.eval()
 
 
-def share_types(weights):
-    """Pretraining sees token type 0 alone. Type 1, which fine-tuning gives to the second sentence
-    of a pair, begins there as a copy of it. Changes the state dict `weights`."""
-    weights["type_embedding.weight"] = weights["type_embedding.weight"][:1].repeat(2, 1)
-
-
-def copy_weights(model, teacher):
-    """Start `model` from a teacher of the same width: embeddings, head and blocks; every second
-    block where the teacher is deeper (as DistilBERT does, Sanh et al. 2019). UserError on a misfit.
-    """
-    ours, theirs = model.shape, teacher.shape
-    stride = 2 if theirs.layers > ours.layers else 1
-    same = all(getattr(ours, name) == getattr(theirs, name)
-               for name in ("vocab_size", "width", "positions", "rotary_base", "seq_len"))
-    if not same or theirs.layers not in (ours.layers, 2 * ours.layers - 1, 2 * ours.layers):
-        raise UserError("--init-from-teacher needs a teacher of the same width, positions, rotary "
-                        "base and --seq-len, with as many layers or twice as many")
-    state = teacher.state_dict()
-    for name in model.state_dict():
-        if name.startswith("blocks."):
-            _, i, rest = name.split(".", 2)
-            state[name] = teacher.state_dict()[f"blocks.{int(i) * stride}.{rest}"]
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
-
-
-def lr_at(step, steps, peak, warmup_frac, decay_frac=1.0):
-    """Linear warm-up, constant, linear decay; above 0 at the first update and at the last."""
-    warmup = min(round(warmup_frac * steps), steps - 1)
-    decay = max(1, min(round(decay_frac * steps), steps - warmup))
-    return peak * min(1, (step + 1) / max(1, warmup), (steps - step) / decay)
-
-
-def make_optimizer(model, lr, weight_decay, embedding_lr=None):
-    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
-    embedding_lr the token embeddings are a third group, which has that rate."""
-    words = [p for name, p in model.named_parameters()
-             if embedding_lr is not None and "token_embedding" in name]
-    rest = [p for p in model.parameters() if all(p is not word for word in words)]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    if words:
-        groups.append({"params": words, "weight_decay": weight_decay, "lr": embedding_lr})
-    return torch.optim.AdamW(  # BERT's betas and eps
-        groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
-
-
-def keep_memory():
-    """Let memory that was freed stay with the process: on Linux, the large tensors of every step
-    are otherwise given back and mapped again, page by page."""
-    mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
-    if mallopt and mallopt(M_MMAP_THRESHOLD, 1 << 30):  # an old glibc refuses so much
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-
-
-def pick_machine(device, dtype, threads):
-    """--device, --dtype, --threads -> (torch.device, "float32" or "bfloat16", why this one)."""
-    keep_memory()
-    if threads:
-        torch.set_num_threads(threads)
-    if device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
-    device = torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
-    if dtype != "auto":
-        return device, dtype, "as asked"
-    if device.type == "cuda" and torch.cuda.is_bf16_supported():
-        return device, "bfloat16", "this GPU has it"
-    if device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-        return device, "float32", "exact; this CPU is faster with --dtype bfloat16"
-    return device, "float32", "exact, and the fast one on most CPUs"
-
-
 def load(run):
-    """A finished run folder -> (Bert in eval mode, its Tokenizer). UserError if it is not one."""
+    """Open a finished run folder -> (Bert in eval mode, its Tokenizer). UserError if it is not one.
+    """
     run = Path(run)
+    if run.is_file():
+        raise UserError(f"{run} is a file: give the run's folder, {run.parent}")
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not a run folder: make one with  python train.py --out {run}")
     if not (run / "model.pt").is_file():
         raise UserError(f"{run} is not finished: continue with  python train.py --resume {run}")
-    config = read_json(run / "config.json")
-    tokenizer = Tokenizer(run / "tokenizer.model", config.get("tokenizer_sha256", ""))
-    return read_model(run / "model.pt"), tokenizer
+    config = read_config(run)
+    tokenizer = Tokenizer(run / "tokenizer.model", config["tokenizer_sha256"])
+    return read_model(run / "model.pt", config), tokenizer
 
 
 @torch.inference_mode()
 def fill_mask(model, tokenizer, text, best=5):
-    """The `best` guesses for every [MASK] in `text`: a list, per mask, of (piece, probability)."""
+    """Guess every [MASK] in `text` -> a list, per mask, of the `best` (piece, probability).
+
+    A list of texts gives a list of such lists. UserError where a text has no [MASK] or is longer
+    than the model reads.
+    """
+    if not isinstance(text, str):
+        return [fill_mask(model, tokenizer, one, best) for one in text]
     ids = [CLS, *tokenizer.encode_with_masks(text), SEP]
     if len(ids) > model.shape.seq_len:
         raise UserError(f"the text has {len(ids)} tokens: this model reads {model.shape.seq_len}")
@@ -358,28 +311,7 @@ def fill_mask(model, tokenizer, text, best=5):
             for row_ids, row_p in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", help="a finished run folder; without one: the sizes")
-    parser.add_argument("--fill", metavar="TEXT", help="print the five best guesses for its [MASK]")
-    parser.add_argument("--export", metavar="DIR", help="write a folder that transformers opens: "
-                        "BertForMaskedLM, or RoFormerForMaskedLM with rotary positions")
-    parser.error = refuse_command
-    a = parser.parse_args()
-    if bool(a.run) != bool(a.fill or a.export):
-        raise UserError("give a run folder and what to do with it:  python model.py RUN --fill "
-                        '"The [MASK] is open."  or  --export DIR')
-    if a.run:
-        model, tokenizer = load(a.run)
-        for guesses in fill_mask(model, tokenizer, a.fill) if a.fill else ():
-            print("  ".join(f"{piece.replace('▁', ' ').strip() or piece} {p:.3f}"
-                            for piece, p in guesses))
-        if a.export:
-            kind = export(model, tokenizer, a.export)
-            print(f"{a.export}: open it with  transformers.{kind}.from_pretrained and "
-                  "AutoTokenizer.from_pretrained")
-        return
+def print_sizes():
     print("size     layers  width  parameters  MFLOP per token and training step (T 128, 15 %)")
     for name, (layers, width) in SIZES.items():
         shape = Shape(vocab_size=8192, layers=layers, width=width)
@@ -388,6 +320,31 @@ def main():
         flops = 3 * forward_flops(shape, 128, 19) / 128
         print(f"{name:8} {layers:6} {width:6} {parameters / 1e6:9.1f}M {flops / 1e6:12.1f}")
     print("with the 8192 pieces of the default vocabulary; train.py --size NAME picks one")
+
+
+def main():
+    parser = flag_parser("python model.py [RUN] [FLAGS]", __doc__)
+    parser.add_argument("run", nargs="?", default="", help="a finished run; without one: the sizes")
+    parser.add_argument("--fill", default="", metavar="TEXT", help="print the five best guesses "
+                        "for every [MASK] in it")
+    parser.add_argument("--export", default="", metavar="DIR", help="write a folder that "
+                        "transformers opens: BertForMaskedLM, or RoFormerForMaskedLM with rotary "
+                        "positions")
+    args = parser.parse_args()
+    if bool(args.run) != bool(args.fill or args.export):
+        raise UserError("give a run folder and what to do with it:  python model.py RUN --fill "
+                        '"The [MASK] is open."  or  --export DIR')
+    if not args.run:
+        return print_sizes()
+    model, tokenizer = load(Path(args.run).expanduser())
+    for guesses in fill_mask(model, tokenizer, args.fill) if args.fill else ():
+        print("  ".join(f"{piece.replace('▁', ' ').strip() or piece} {p:.3f}"
+                        for piece, p in guesses))
+    if args.export:
+        folder = Path(args.export).expanduser()
+        kind = export(model, tokenizer, folder)
+        print(f"{folder}: open it with  transformers.{kind}.from_pretrained and "
+              "AutoTokenizer.from_pretrained")
 
 
 if __name__ == "__main__":
