@@ -1,4 +1,4 @@
-"""Pretrain a small BERT with a masking strategy. One flat script: flags, data, model, loop.
+"""Pretrain a small BERT with a masking strategy. One flat script: flags, one update, the loop.
 
     python train.py                              # self-masking, offline, minutes on a laptop
     python train.py --masking random             # the baseline, on the same data in the same order
@@ -12,113 +12,129 @@ Every random draw is a function of (seed, step, row or micro-batch): on a CPU, w
 threads and flags and without --compile, a resumed run equals an uninterrupted one bit for bit.
 """
 
-import argparse
 import json
 import math
 import os
 import platform
+import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
 
-from data import ranks
-from data.files import (
-    UserError, add_flags, catch_signals, peak_memory, refuse_command, run_script, save_tensors,
-    sha256_file,
-)
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import masking
+from data import corpus
+from data.files import UserError, catch_signals, progress, run_script
+from data.flags import check_ranges, defaults, flag_parser
+from data.inspection import diagnose, token_kinds
+from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    WITHOUT_CONTEXT, begin_run, check_flags, check_origin, load_checkpoint, load_origin, open_log,
-    open_run, open_tensorboard, origin_sha256, read_log, save_checkpoint, spent_flops,
+    WITHOUT_CONTEXT, Run, State, check_new, model_sha256, open_earlier, read_config, resume_command,
 )
+from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flops, load
 
 # --------------------------------------------------------------------------------------------------
-# flags: name, default (the laptop preset), help, and the choices where there are any
+# flags: name, default (the laptop preset; None: follows from others), what is allowed, help
 
 FLAGS = {
     "Run": [
-        ("out", "", "run folder, never overwritten (default runs/<masking>-<seed>)"),
-        ("seed", 0, "decides initial weights, data order, masks and dropout: pair arms by it"),
-        ("begin-from", "", "finished run (of --decay-frac 0) of which this one is a continuation: "
-         "it takes over its weights, optimiser and step; --steps counts from the very first"),
+        ("out", "", "path", "run folder, never overwritten (default runs/<masking>-<seed>)"),
+        ("seed", 0, "below 2^63", "decides initial weights, data order, masks and dropout: pair "
+         "arms by it"),
     ],
     "Data": [
-        ("corpus", "docs", "docs: the English in your Python, torch and numpy; wikitext2, "
+        ("corpus", "docs", "path", "docs: the English in your Python, torch and numpy; wikitext2, "
          "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2) or a folder "
          "of them, a paragraph a line, a blank line between documents"),
-        ("corpus-tokens", 0, "use only the first so many training tokens; 0: all"),
-        ("vocab-size", 8192, "pieces of the tokenizer that is learned from the corpus"),
-        ("seq-len", 128, "tokens in a block, [CLS] and [SEP] included"),
-        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"),
-         "where prepared corpora are kept"),
+        ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
+        ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus"),
+        ("seq-len", 128, "at least 16", "tokens in a block, [CLS] and [SEP] included"),
     ],
     "Model": [
-        ("size", "tiny", "layers/width 2/128, 2/256, 4/256, 4/512, 8/512, 12/768",
-         ("tiny", "wide", "mini", "small", "medium", "base")),
-        ("layers", 0, "overrides --size; 0: as the size says"),
-        ("width", 0, "overrides --size, a multiple of 64; 0: as the size says"),
-        ("positions", "rotary", "rotary leaves the plateau early; learned is BERT as published",
-         ("rotary", "learned")),
-        ("rotary-base", 100.0, "frequency base of the rotary positions; small is local"),
-        ("local-start", 1.0, "initial query and key bias with rotary positions; 0: off"),
-        ("init-std", 0.05, "standard deviation of the initial weights; BERT's is 0.02"),
-        ("dropout", 0.1, "on embeddings, attention and block outputs"),
+        ("size", "tiny", tuple(SIZES), "layers and width, as python model.py lists them"),
+        ("layers", 0, "0 or more", "overrides --size; 0: as the size says"),
+        ("width", 0, "0 or more", "overrides --size, a multiple of 64; 0: as the size says"),
+        ("positions", "rotary", ("rotary", "learned"), "rotary leaves the plateau early; learned "
+         "is BERT as published"),
+        ("rotary-base", 100.0, "above 0", "frequency base of rotary positions; small is local"),
+        ("local-start", 1.0, "0 or more", "initial query and key bias with rotary positions; 0: "
+         "off"),
+        ("init-std", 0.05, "above 0", "standard deviation of the initial weights; BERT's is 0.02"),
+        ("dropout", 0.0, "from 0 to below 1", "on embeddings, attention and block outputs; BERT's "
+         "is 0.1"),
+        ("init-from", "", "path", "start from the weights of this finished run (every second layer "
+         "of a deeper one); optimiser, schedule and step are new"),
     ],
     "Masking": [
-        ("masking", "self", "anywhere, by the uncertainty of a --teacher, or by the model's own",
-         ("random", "entropy", "self")),
-        ("teacher", "", "finished run that scores (--masking entropy) and teaches (--distill)"),
-        ("select", "mix", "which entropies: highest, lowest, nearest the row's median, drawn in "
-         "proportion, half highest and half random", ("high", "low", "mid", "sample", "mix")),
-        ("score-input", "masked", "what the scoring model reads: all candidates masked, the intact "
-         "text, nothing (a running mean per vocabulary item)", ("masked", "clear", "type")),
-        ("pool", 2, "candidates: a random pool of so many times the masked count; 0: all tokens"),
-        ("init-frac", -1.0, "share of the run that masks at random first (self: 0.15, else 0)"),
-        ("mask-rate", 0.15, "share of the tokens that are masked"),
-        ("mask-rate-end", -1.0, "rate at the end, reached linearly (default: constant)"),
+        ("masking", "self", tuple(masking.MASKING), "anywhere, by the uncertainty of a --teacher, "
+         "or by the model's own"),
+        ("teacher", "", "path", "finished run that is asked (--masking entropy) and that teaches "
+         "(--distill): the paper's external reference model"),
+        ("select", "mix", tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
+         "row's median, drawn in proportion, half highest and half random"),
+        ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "what the model that is "
+         "asked reads: all candidates masked, the text as it is, or nothing (a running mean per "
+         "vocabulary item)"),
+        ("pool", 2, "0 or more", "candidates: a random pool of so many times the masked count; 0: "
+         "all tokens"),
+        ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
+         "(self: 0.15, else 0)"),
+        ("mask-rate", 0.15, "above 0 and at most 1", "share of the tokens that are masked"),
+        ("mask-rate-end", None, "above 0 and at most 1", "rate at the end, reached linearly "
+         "(default: constant)"),
     ],
     "Distillation": [
-        ("distill", "off", "learn from the --teacher too: never, always, or after --init-frac",
-         ("off", "complete", "after-init")),
-        ("alpha", 0.5, "weight of the teacher's predictions against the true tokens"),
-        ("tau", 2.0, "temperature of both distributions"),
-        ("init-from-teacher", False, "start from its weights (every second layer of a deeper one)"),
+        ("distill", "off", ("off", "complete", "after-init"), "learn from the --teacher too: "
+         "never, always, or after --init-frac"),
+        ("alpha", 0.5, "above 0 and at most 1", "weight of the teacher's predictions against the "
+         "true tokens"),
+        ("tau", 2.0, "above 0", "temperature of both distributions"),
     ],
     "Optimisation": [
-        ("steps", 2500, "updates in the whole run"),
-        ("flops-of", "", "train for the FLOPs that this finished run spent, instead of --steps"),
-        ("batch-size", 16, "blocks in an update: part of the method"),
-        ("micro-batch", 0, "blocks in a forward: memory, dropout draws; divides the batch; 0: all"),
-        ("lr", -1.0, "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
-        ("warmup-frac", 0.05, "share of the run over which the rate rises"),
-        ("decay-frac", 1.0, "share of the run, its end, over which the rate falls to 0; 1: from "
-         "the warm-up on; 0: it never falls"),
-        ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
-        ("clip", 1.0, "largest norm of the gradient"),
+        ("steps", 2500, "above 0", "updates in the whole run"),
+        ("flops-of", "", "path", "train for the FLOPs that this finished run spent, instead of "
+         "--steps"),
+        ("batch-size", 16, "above 0", "blocks in an update: part of the method"),
+        ("lr", None, "above 0", "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
+        ("warmup-frac", 0.05, "from 0 to below 1", "share of the run over which the rate rises"),
+        ("decay-frac", 1.0, "from 0 to 1", "share of the run, its end, over which the rate falls "
+         "to 0; 1: from the warm-up on; 0: it never falls"),
+        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings; biases and LayerNorm "
+         "have none"),
+        ("clip", 1.0, "above 0", "largest norm of the gradient"),
     ],
     "Machine": [
-        ("device", "auto", "auto: a GPU where there is one", ("auto", "cpu", "cuda")),
-        ("dtype", "auto", "auto: bfloat16 on GPUs that have it", ("auto", "float32", "bfloat16")),
-        ("threads", 0, "CPU threads; 0: torch's choice"),
-        ("compile", False, "torch.compile the training forward (not bit for bit)"),
+        *MACHINE_FLAGS,
+        ("micro-batch", 0, "0 or more", "blocks in a forward: memory, dropout draws; divides the "
+         "batch; 0: all"),
+        ("compile", False, None, "torch.compile the training forward (not bit for bit)"),
+        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
+         "where prepared corpora are kept"),
     ],
     "Log": [
-        ("log-every", 10, "steps between log lines"),
-        ("eval-every", 250, "steps between evaluations on held-out text; 0: start and end only"),
-        ("eval-blocks", 1024, "held-out blocks in an evaluation"),
-        ("checkpoint-every", 250, "steps between checkpoints"),
-        ("tensorboard", False, "mirror the log into RUN/tensorboard (needs: pip install "
-         "tensorboard)"),
+        ("log-every", 10, "above 0", "steps between log lines"),
+        ("eval-every", 250, "0 or more", "steps between evaluations on held-out text; 0: start "
+         "and end only"),
+        ("eval-blocks", 1024, "above 0", "held-out blocks in an evaluation"),
+        ("checkpoint-every", 250, "above 0", "steps between checkpoints"),
     ],
 }
-DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
-# What may change when resuming; a corpus or teacher that moved is known by its hash.
-HOW_NOT_WHAT = {"device", "threads", "compile", "micro_batch", "corpus", "cache", "teacher",
-                "begin_from", "tensorboard"}
+DEFAULTS = defaults(FLAGS)
+# The flags that are the experiment: runs of one arm agree in them.
+EXPERIMENT = {name for group in FLAGS if group not in ("Run", "Machine", "Log")
+              for name in defaults({group: FLAGS[group]})}
+# What may change when a run goes on. A corpus, teacher or origin that moved is known by its hash.
+MAY_CHANGE = set(defaults({"": FLAGS["Machine"]})) - {"dtype"} | {"corpus", "teacher", "init_from"}
 
-LONG = dict(  # why these: README, "Does pretraining pay yet?"
-    corpus="wikitext103", dropout=0.0, mask_rate=0.3, decay_frac=1 / 8, checkpoint_every=1000)
+LONG = dict(  # why these: data/results/LOG.md
+    corpus="wikitext103", mask_rate=0.3, decay_frac=1 / 8, checkpoint_every=1000)
 PRESETS = {
     "laptop": {},  # the defaults: minutes on two cores
     "laptop-long": LONG | dict(  # --masking random: an hour in bfloat16, float32 half as fast
@@ -126,70 +142,181 @@ PRESETS = {
     "gpu": LONG | dict(  # an H100: half an hour, estimated; some 20 epochs, so with dropout
         size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
         steps=80_000, warmup_frac=1 / 160, eval_every=1000, compile=True),
-    "paper": dict(  # the paper's public model cards, read literally
-        corpus="bookcorpus", size="small", vocab_size=30522, seq_len=512, positions="learned",
-        init_std=0.02, select="high", score_input="clear", pool=0, init_frac=0.0, batch_size=160,
-        lr=1e-4, steps=356_000, warmup_frac=10_000 / 356_000, eval_every=5000,
-        checkpoint_every=5000),
+    "paper": dict(  # our literal guess from the abstract and the author's public model cards
+        corpus="wikitext103", size="small", vocab_size=30522, seq_len=512, positions="learned",
+        init_std=0.02, dropout=0.1, select="high", score_input="unmasked", pool=0, init_frac=0.0,
+        batch_size=200, lr=1e-4, steps=28_600, warmup_frac=10_000 / 28_600, eval_every=1000,
+        checkpoint_every=1000),
 }
 
 
-def parse_flags():
-    """The command line -> (flags by name, the config of an earlier run or None)."""
-    parser = argparse.ArgumentParser(
-        usage="python train.py [FLAGS]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.error = refuse_command
+def check_flags(args, given):
+    """Settle the defaults that follow from other flags; refuse flags that are out of range or
+    contradict each other. `given`: the names of those that the user typed."""
+    if args.init_frac is None:
+        args.init_frac = 0.15 if args.masking == "self" else 0.0
+    if args.lr is None:  # measured on tiny, wide and mini: data/results/LOG.md
+        args.lr = 3e-3 if (args.width or SIZES[args.size][1]) < 256 else 1e-3
+    if args.mask_rate_end is None:
+        args.mask_rate_end = args.mask_rate
+    args.out = args.out or f"runs/{args.masking}-{args.seed}"
+    check_ranges(args, FLAGS)
+
+    asking, teaching = args.masking != "random", args.distill != "off"
+    share, rest = divmod(args.batch_size, WORLD)
+    # A block of n tokens holds at most ceil(n / 17) [SEP]s, see data/corpus.py.
+    n = args.seq_len - 2
+    most = int(max(args.mask_rate, args.mask_rate_end) * n + 0.5)
+    most *= max(1, args.pool) if asking else 1
+    for wrong, message in (
+        (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
+        (not asking and given & {"select", "score_input", "pool"}, "--select, --score-input and "
+         "--pool are about entropies, and --masking random uses none: leave them out"),
+        (not asking and args.init_frac and args.distill != "after-init", "--init-frac with "
+         "--masking random means something only with --distill after-init"),
+        (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
+        (asking and not args.pool and args.score_input == "masked", "--pool 0 with --score-input "
+         "masked would mask whole rows: give --pool 2, or --score-input unmasked"),
+        (args.masking == "entropy" and args.score_input == "vocabulary", "--score-input "
+         "vocabulary is learned from the model in training: use it with --masking self"),
+        ((args.masking == "entropy" or teaching) and not args.teacher, "--masking entropy and "
+         "--distill need --teacher RUN: a finished run, such as one of  python train.py --masking "
+         "random"),
+        (args.teacher and args.masking != "entropy" and not teaching, "nothing uses --teacher: "
+         "add --masking entropy or --distill complete"),
+        (args.distill == "after-init" and not args.init_frac, "--distill after-init begins where "
+         "--init-frac ends: give it a value above 0"),
+        (not teaching and given & {"alpha", "tau"}, "--alpha and --tau need --distill"),
+        (args.positions == "learned" and given & {"rotary_base", "local_start"},
+         "--rotary-base and --local-start need --positions rotary"),
+        (args.flops_of and "steps" in given, "give --steps or --flops-of, not both"),
+        (rest, f"--batch-size {args.batch_size} cannot be split evenly over {WORLD} processes"),
+        (share % (args.micro_batch or share), f"--micro-batch {args.micro_batch} does not divide "
+         f"--batch-size {args.batch_size}" + f" over {WORLD} processes" * (WORLD > 1)),
+        (most > n - -(-n // 17), f"{most} candidates for masking are more than a row of "
+         f"{args.seq_len} tokens holds: lower --pool or --mask-rate"),
+    ):
+        if wrong:
+            raise UserError(message)
+    for name in ("teacher", "init_from", "flops_of"):
+        run = getattr(args, name)
+        if run and not (Path(run) / "model.pt").exists():
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {run}: not a finished run folder (if it has moved, say where "
+                            f"with {flag})")
+
+
+def parse_args(argv=None):
+    """The command line -> (the flags; the config of the run that is resumed or evaluated, or None).
+
+    A new run takes its flags from the command line and a preset; an earlier one from its
+    config.json, and the flags that are given must then agree, but for those that may change.
+    """
+    parser = flag_parser("python train.py [FLAGS]", __doc__, FLAGS)
     parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes; laptop-long: "
-                        "an hour; gpu: one GPU; paper: read literally. Any flag overrides it")
+                        "an hour; gpu: one GPU; paper: our literal guess. Any flag overrides it")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
     parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")
-    add_flags(parser, FLAGS)
-    given = vars(parser.parse_args())
-    name = given.pop("preset", None)
-    flags = {**DEFAULTS, **PRESETS[name or "laptop"], **given}
-    if not {"resume", "eval"} & set(given):
-        check_flags(flags, set(given))
-        if name:
-            print(f"preset {name}: " + ", ".join(f"{n} {v}" for n, v in flags.items() if v != ""))
-    return open_run(flags, set(given), HOW_NOT_WHAT)
+    typed = vars(parser.parse_args(argv))
+    preset, resume, evaluated = (typed.pop(n, None) for n in ("preset", "resume", "eval"))
+    args = Namespace(**{**DEFAULTS, **PRESETS[preset or "laptop"], **typed})
+    if evaluated == "" or None not in (evaluated, resume):
+        raise UserError("--eval RUN only evaluates and needs a run folder; --resume goes on")
+    if evaluated is None and resume is None:
+        check_flags(args, set(typed))
+        check_new(Path(args.out))
+        if preset:
+            print(f"preset {preset}: " + ", ".join(f"{n} {v}" for n, v in vars(args).items() if v))
+        return args, None
+
+    run = Path(evaluated or resume or args.out or f"runs/{args.masking}-{args.seed}").expanduser()
+    args, config = open_earlier(run, evaluated is not None, typed, DEFAULTS, MAY_CHANGE)
+    if resume is not None:
+        check_flags(args, set())
+    return args, config
 
 
-if __name__ == "__main__":
-    COMMAND = run_script(parse_flags)  # before torch is imported: a typo is told at once
-
-import numpy as np
-import torch
-import torch.nn.functional as F
-from tqdm import tqdm
-
-import masking as M
-from data import corpus as corpora
-from data.tokenizer import MASK
-from model import (
-    SIZES, Bert, Shape, copy_weights, forward_flops, load, lr_at, make_optimizer, pick_machine,
-    share_types,
-)
+# --------------------------------------------------------------------------------------------------
+# one update
 
 
-def plan(a, step):
-    """-> (k masked tokens a row, do entropies choose them, does the teacher teach) at this step."""
-    rate = a.mask_rate + (a.mask_rate_end - a.mask_rate) * min(step, a.steps - 1) / a.steps
-    after_init = step >= a.init_frac * a.steps
-    return (M.mask_count(rate, a.seq_len), a.masking != "random" and after_init,
-            a.distill == "complete" or (a.distill == "after-init" and after_init))
+@dataclass
+class Job:
+    """What the flags have made: everything that an update works with."""
+
+    machine: Machine
+    text: object  # of data/corpus.py: blocks to train on, tokenizer, counts
+    valid: torch.Tensor  # (N, T) held-out tokens
+    model: Bert
+    forward: object  # the same, as torch.compile and several processes need it
+    teacher: Bert | None
+    optimizer: torch.optim.Optimizer
+    free: masking.VocabularyMean | None  # beyond the paper: a score that costs nothing
+    kinds: dict  # of vocabulary items, for the log
 
 
-def step_flops(a, shape, scorer, teacher, step):
-    """Matrix-multiply FLOPs of a step: training, and the forwards that score and teach."""
-    k, choosing, teaching = plan(a, step)
-    flops = 3 * forward_flops(shape, a.seq_len, k)
-    if choosing and a.score_input != "type":
-        flops += forward_flops(scorer, a.seq_len, a.pool * k or a.seq_len - 2)
-    if teaching:
-        flops += forward_flops(teacher, a.seq_len, k)
-    return a.batch_size * flops
+def plan(args, step):
+    """-> (k masked tokens a row; are entropies asked for; does the teacher teach) at this step."""
+    rate = (args.mask_rate
+            + (args.mask_rate_end - args.mask_rate) * min(step, args.steps - 1) / args.steps)
+    after_init = step >= args.init_frac * args.steps
+    return (masking.mask_count(rate, args.seq_len), args.masking != "random" and after_init,
+            args.distill == "complete" or (args.distill == "after-init" and after_init))
+
+
+def where_to_mask(args, job, step, tokens, noise):
+    """tokens (B, T), noise (B, T, 5) -> positions (B, k) that this step's strategy masks."""
+    k, asking, _ = plan(args, step)
+    if not asking:
+        return masking.choose_at_random(tokens, k, noise)
+
+    def score(tokens, places):
+        ask = job.free or masking.SCORE_INPUT[args.score_input]
+        return masking.MASKING[args.masking](ask, job.model, job.teacher, tokens, places)
+
+    with job.machine.autocast():
+        return masking.choose(tokens, k, score, args.select, args.pool, noise)
+
+
+def update(args, job, step):
+    """One step of training -> (2,): loss in nats at the masked tokens, norm of the gradient."""
+    blocks = corpus.block_order(len(job.text.train), args.seed, step, args.batch_size)
+    tokens = corpus.with_ends(job.text.train[blocks]).to(job.machine.device)  # (B, T)
+    noise = masking.draw(args.seed, step, *tokens.shape).to(job.machine.device)  # (B, T, 5)
+    for group in job.optimizer.param_groups:
+        group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
+    total = 0.0
+    for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
+        # 1. Where: the k tokens of each row about which somebody is most uncertain.
+        x, u = tokens[rows], noise[rows]
+        positions = where_to_mask(args, job, step, x, u)  # (b, k)
+        # 2. What stands there instead: [MASK], another token, or the same.
+        inputs, labels = masking.corrupt(x, positions, u, job.model.shape.vocab_size), x.gather(
+            1, positions).flatten()  # (b, T), (b k,)
+        # 3. Predict these places, and these alone.
+        masking.seed_dropout(args.seed, step, rows.start)
+        with job.machine.autocast():
+            logits = job.forward(inputs, positions).flatten(0, 1)  # (b k, V)
+        logits = logits.float()
+        loss = F.cross_entropy(logits, labels)
+        total += weight * loss.detach()
+        # 4. Learn from the teacher's whole distribution at the same places, too.
+        if plan(args, step)[2]:
+            with torch.no_grad(), job.machine.autocast():
+                taught = job.teacher(inputs, positions).flatten(0, 1)
+            loss = (1 - args.alpha) * loss + args.alpha * distillation_loss(
+                logits, taught.float(), args.tau)
+        # All rows have k masked tokens: the mean over the batch is the mean of these means.
+        (weight * loss).backward()
+        if job.free:
+            job.free.see(labels, inputs.gather(1, positions).flatten(), logits)
+    norm = nn.utils.clip_grad_norm_(job.model.parameters(), args.clip)
+    job.optimizer.step()
+    job.optimizer.zero_grad(set_to_none=True)
+    if job.free:
+        job.free.learn(job.machine)
+    return torch.stack([total, norm])
 
 
 def distillation_loss(logits, taught, tau):
@@ -201,250 +328,238 @@ def distillation_loss(logits, taught, tau):
     return tau**2 * F.kl_div(student, teacher, reduction="batchmean", log_target=True)
 
 
+def learning_rate(step, steps, peak, warmup_frac, decay_frac=1.0):
+    """Linear warm-up, constant, linear decay; above 0 at the first update and at the last."""
+    warmup = min(round(warmup_frac * steps), steps - 1)
+    decay = max(1, min(round(decay_frac * steps), steps - warmup))
+    return peak * min(1, (step + 1) / max(1, warmup), (steps - step) / decay)
+
+
+def make_optimizer(model, lr, weight_decay, embedding_lr=None):
+    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
+    embedding_lr the token embeddings are a third group, which has that rate."""
+    embeddings = [p for name, p in model.named_parameters()
+                  if embedding_lr is not None and "token_embedding" in name]
+    rest = [p for p in model.parameters() if all(p is not e for e in embeddings)]
+    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
+    if embeddings:
+        groups.append({"params": embeddings, "weight_decay": weight_decay, "lr": embedding_lr})
+    return torch.optim.AdamW(  # BERT's betas and eps
+        groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
+
+
+def count_flops(args, shape, teacher, steps):
+    """Matrix-multiply FLOPs of these steps: training, and the forwards that score and teach."""
+    asked = teacher.shape if args.masking == "entropy" else shape
+    total = 0
+    for step in steps:
+        k, asking, teaching = plan(args, step)
+        total += 3 * forward_flops(shape, args.seq_len, k)
+        if asking and args.score_input != "vocabulary":
+            total += forward_flops(asked, args.seq_len, args.pool * k or args.seq_len - 2)
+        if teaching:
+            total += forward_flops(teacher.shape, args.seq_len, k)
+    return args.batch_size * total
+
+
 # --------------------------------------------------------------------------------------------------
+# the run around it
+
+
+class NotFinite(Exception):
+    """The loss or its gradient at this step is not a number."""
+
+
+def check_finite(job, state):
+    """Average what the updates since the last log line returned over the processes."""
+    if state.pending:
+        values = job.machine.mean(torch.stack(state.pending))  # (n, 2)
+        state.pending = list(values)
+        finite = values.isfinite().all(1)
+        if not finite.all():
+            raise NotFinite(state.step - len(values) + 1 + finite.int().argmin().item())
+
+
+def report(args, job, state, teacher_flops, evaluating):
+    """A line for the log, a dict. When `evaluating`, it has the held-out loss and what the strategy
+    masks, too."""
+    line = {"step": state.step, "tokens": state.step * args.batch_size * args.seq_len}
+    if state.pending:
+        loss, norm = torch.stack(state.pending).mean(0).tolist()
+        (step, began), now = state.clock, time.perf_counter()
+        state.seconds += now - began
+        speed = (state.step - step) * args.batch_size * args.seq_len / (now - began)
+        line |= {"train_loss": loss, "grad_norm": norm, "lr": job.optimizer.param_groups[0]["lr"],
+                 "tokens_per_s": round(speed), "seconds": round(state.seconds, 1)}
+    line |= {"flops": state.flops, "flops_with_teacher": state.flops + teacher_flops}
+    if evaluating:
+        line["val_loss"], line["val_accuracy"] = masking.evaluate(
+            job.model, job.valid, job.machine)
+        if not math.isfinite(line["val_loss"]):
+            raise NotFinite(state.step)
+        half = args.eval_every and math.ceil(args.steps / 2 / args.eval_every) * args.eval_every
+        with job.machine.autocast():
+            line["masked"] = diagnose(
+                job.model, job.valid[:64], plan(args, state.step)[0],
+                lambda tokens, noise: where_to_mask(args, job, state.step, tokens, noise),
+                job.kinds, job.free, with_dose=state.step in (half, args.steps))
+        line["peak_memory_mb"] = job.machine.peak_memory() >> 20
+    return line
+
+
+def load_text(args, earlier, machine):
+    """The tokens: of an earlier run those that it began with, found by their hash."""
+    def find():
+        return (earlier and corpus.find_prepared(
+            args.cache, earlier["corpus_sha256"], earlier["tokenizer_sha256"])) or corpus.prepare(
+                args.corpus, args.vocab_size, args.cache, machine.threads)
+
+    moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
+             "where with --corpus")
+    try:
+        text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
+    except UserError as error:
+        raise UserError(f"{error} ({moved})" if earlier else error)
+    if earlier and earlier["corpus_sha256"] != text.sha256:
+        raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
+    return text
+
+
+def load_other(args, flag, text):
+    """The run that --teacher or --init-from names -> (its model or None, the FLOPs spent on it)."""
+    run = getattr(args, flag)
+    if not run:
+        return None, 0
+    model, tokenizer = load(run)
+    if tokenizer.sha256 != text.tokenizer.sha256 or model.shape.seq_len < args.seq_len:
+        raise UserError(f"--{flag.replace('_', '-')} {run} has another tokenizer or a shorter "
+                        "--seq-len: it must be trained on the same --corpus and --vocab-size")
+    config = read_config(run)
+    if flag == "init_from" and config["flags"]["seed"] == args.seed:
+        print(f"note: {run} has --seed {args.seed}, too, so this run reads the same batches with "
+              "the same noise again: give another --seed")
+    return model.requires_grad_(False), config["flops"] + config["teacher_flops"]
+
+
+def build(args, machine, text):
+    """-> (the Job, what is spent before the first update: FLOPs of the origin, of the teacher)"""
+    teacher, teacher_flops = load_other(args, "teacher", text)
+    origin, origin_flops = load_other(args, "init_from", text)
+    torch.manual_seed(args.seed)
+    layers, width = args.layers or SIZES[args.size][0], args.width or SIZES[args.size][1]
+    model = Bert(Shape(text.tokenizer.vocab_size, layers, width, args.seq_len, args.positions,
+                       args.rotary_base, args.local_start, args.init_std, args.dropout))
+    if origin:
+        copy_weights(model, origin)
+    model.to(machine.device)
+    forward = machine.parallel(model)
+    free = args.score_input == "vocabulary" and args.masking == "self"
+    return Job(
+        machine, text, corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device), model,
+        machine.compile(forward) if args.compile else forward,
+        teacher and teacher.to(machine.device), make_optimizer(model, args.lr, args.weight_decay),
+        masking.VocabularyMean(model.shape.vocab_size, machine.device) if free else None,
+        token_kinds(text.tokenizer.pieces, text.counts)), origin_flops, teacher_flops
+
+
+def open_run(args, job, earlier, origin_flops, teacher_flops):
+    """A new run folder, or that of an interrupted run. -> (the Run, the State where it stands)"""
+    shape = job.model.shape
+    if args.flops_of and not earlier:
+        budget, args.steps = read_config(args.flops_of)["flops"], 1000
+        # A step's FLOPs depend on the share of the run that is over: take their mean.
+        mean = count_flops(args, shape, job.teacher, range(1000)) / 1000
+        args.steps = max(1, round(budget / mean))
+    args.dtype = job.machine.dtype  # what auto chose belongs to the run: it goes on with that
+    spent = count_flops(args, shape, job.teacher, range(args.steps))
+    run = Run(Path(args.out), {
+        "flags": {name: getattr(args, name) for name in DEFAULTS},
+        "corpus_sha256": job.text.sha256, "tokenizer_sha256": job.text.tokenizer.sha256,
+        "teacher_sha256": model_sha256(args.teacher),
+        "origin_sha256": model_sha256(args.init_from),
+        "parameters": sum(p.numel() for p in job.model.parameters()),
+        "unigram_entropy": job.text.unigram_entropy, "flops": origin_flops + spent,
+        "teacher_flops": teacher_flops,
+        "starts": [{**job.machine.record(), "numpy": np.__version__,
+                    "python": platform.python_version(), "command": sys.argv,
+                    "date": time.strftime("%Y-%m-%d %H:%M")}],
+    }, job.text.tokenizer_path, earlier)
+    return run, run.restore(job, State(flops=origin_flops))
 
 
 def main():
-    a, earlier = COMMAND
-    a, run = argparse.Namespace(**a), Path(a["out"])
-
-    # ---- machine ---------------------------------------------------------------------------------
-    dtype = earlier["dtype"] if earlier else a.dtype
-    device, dtype, why = pick_machine(a.device, dtype, a.threads)
-    device = ranks.join(device)
-    print(f"machine: {ranks.WORLD} x {device.type}, {torch.get_num_threads()} threads, {dtype} "
-          f"({why})")
-
-    def amp():
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    # ---- corpus and teacher ----------------------------------------------------------------------
-    folder = ranks.in_turn(lambda: corpora.prepare(a.corpus, a.vocab_size, a.cache))
-    text = corpora.load(folder, a.seq_len, a.corpus_tokens)
-    valid = corpora.with_ends(text.valid[:a.eval_blocks]).to(device)  # (N, T)
-    tokenizer, V, T = text.tokenizer, text.tokenizer.vocab_size, a.seq_len
-    if earlier and earlier["corpus_sha256"] != text.sha256:
-        raise UserError(f"--corpus {a.corpus} is not the text that {run} began with")
-    if a.eval:
-        loss, accuracy = M.evaluate(load(run)[0].to(device), valid, amp)
-        return print(f"{run}: held-out loss {loss:.4f} nats (unigram entropy "
-                     f"{text.unigram_entropy:.4f}), accuracy {accuracy:.4f}")
-    print(f"corpus: {len(text.train)} blocks of {T} to train on, {len(valid)} held out, "
-          f"unigram entropy {text.unigram_entropy:.2f} nats")
-    if len(text.train) < a.batch_size:
+    args, earlier = parse_args()
+    machine = Machine(args)
+    print(f"machine: {WORLD} x {machine.about}")
+    text = load_text(args, earlier, machine)
+    print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
+          f"{min(len(text.valid), args.eval_blocks)} held out, unigram entropy "
+          f"{text.unigram_entropy:.2f} nats")
+    if len(text.train) < args.batch_size:
         raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
-                        f"of {a.batch_size}: give more text, or a smaller --batch-size")
-    teacher, teacher_flops = None, 0
-    if a.teacher:
-        teacher, teacher_tokenizer = load(a.teacher)
-        teacher = teacher.to(device).requires_grad_(False)
-        teacher_flops = sum(spent_flops(a.teacher))
-        if teacher_tokenizer.sha256 != tokenizer.sha256 or teacher.shape.seq_len < T:
-            raise UserError(f"--teacher {a.teacher} has another tokenizer or a shorter --seq-len: "
-                            "it must be trained on the same --corpus and --vocab-size")
-
-    # ---- model and optimiser ---------------------------------------------------------------------
-    torch.manual_seed(a.seed)
-    shape = Shape(V, a.layers or SIZES[a.size][0], a.width or SIZES[a.size][1], T, a.positions,
-                  a.rotary_base, a.local_start, a.init_std, a.dropout)
-    model = Bert(shape)
-    if a.init_from_teacher:
-        copy_weights(model, teacher)
-    model.to(device)
-    optimizer = make_optimizer(model, a.lr, a.weight_decay)
-    parallel = ranks.wrap(model)
-    forward = torch.compile(parallel) if a.compile else parallel
-    scorer = teacher if a.masking == "entropy" else model
-    types = M.TypeEntropy(V, device) if a.score_input == "type" else None
-
-    def score(tokens, candidates):
-        if types:
-            return types(tokens, candidates)
-        how = M.masked_entropy if a.score_input == "masked" else M.clear_entropy
-        with amp():
-            return how(scorer, tokens, candidates)
-
-    def flops_at(step):
-        return step_flops(a, shape, scorer.shape, teacher and teacher.shape, step)
-
-    if a.flops_of and not earlier:
-        a.steps = 1000  # FLOPs depend on the share of the run that is over: average over it
-        mean = sum(map(flops_at, range(a.steps))) / a.steps
-        a.steps = max(1, round(spent_flops(a.flops_of)[0] / mean))
-    step, spent, spent_by_teacher = 0, 0, 0  # by the run that this one continues
-    if a.begin_from and not earlier:
-        step, spent, spent_by_teacher = check_origin(vars(a), text.sha256)
-    all_flops = earlier["flops"] if earlier else spent + sum(map(flops_at, range(step, a.steps)))
-    teacher_flops = earlier["teacher_flops"] if earlier else teacher_flops + spent_by_teacher
-
-    # ---- run folder: a new one, or an interrupted run, which goes on where its checkpoint is -----
-    lock = None if ranks.RANK else begin_run(run, earlier, text.tokenizer_path, {
-        "flags": {name: value for name, value in vars(a).items() if name in DEFAULTS},
-        "corpus_sha256": text.sha256, "tokenizer_sha256": tokenizer.sha256,
-        "teacher_sha256": sha256_file(Path(a.teacher) / "model.pt") if teacher else "",
-        "origin_sha256": earlier["origin_sha256"] if earlier else origin_sha256(a.begin_from),
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "unigram_entropy": text.unigram_entropy, "flops": all_flops, "teacher_flops": teacher_flops,
-        "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
-        "threads": torch.get_num_threads(), "dtype": dtype, "processes": ranks.WORLD,
-        "command": sys.argv,
-    })
-    step, seconds = 0, 0.0  # updates done, and the time spent in them
-    recent = []  # (loss, gradient norm) of the updates since the last log line
-    own = load_checkpoint(run) if earlier else None
-    if saved := own or (a.begin_from and load_origin(a.begin_from, earlier)):
-        step, recent = saved["step"], list(saved["recent"].to(device))
-        seconds = saved["seconds"]
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-        if types and len(saved["types"]):
-            types.mean, types.seen = saved["types"].to(device)
-        print(f"{run}: going on after step {step}")
-    log, logged = (open(os.devnull, "a"), None) if ranks.RANK else open_log(
-        run, step if own else 0, own and own["logged"])
-    mirror = lambda entry: None  # noqa: E731
-    if a.tensorboard and not ranks.RANK:
-        mirror = open_tensorboard(run, 0 if logged is None else logged + 1)
-    begun = step
-
-    # ---- loop ------------------------------------------------------------------------------------
-    stop = catch_signals()  # a signal asks for a stop after the step
-
-    def not_finite(step):
+                        f"of {args.batch_size}: give more text, or a smaller --batch-size")
+    job, *before = build(args, machine, text)
+    if earlier and (Path(args.out) / "model.pt").exists():  # --eval
+        loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), job.valid, machine)
+        return print(f"{args.out}: held-out loss {loss:.4f} nats (unigram entropy "
+                     f"{text.unigram_entropy:.4f}), accuracy {accuracy:.4f}")
+    run, state = open_run(args, job, earlier, *before)
+    if earlier:
+        print(f"{args.out}: going on after step {state.step}")
+    stop, began = catch_signals(), state.step  # a signal asks for a stop after the step
+    bar = progress(total=args.steps, initial=state.step, desc=run.path.name, unit=" steps",
+                   disable=RANK > 0)
+    try:
+        while True:  # steps + 1 rounds, of which the last only reports and saves
+            stopping = machine.any(bool(stop))
+            last = stopping or state.step == args.steps
+            evaluating = state.step in (0, args.steps) or (
+                args.eval_every and state.step % args.eval_every == 0)
+            reporting = state.step != state.logged and (
+                evaluating or state.step % args.log_every == 0)
+            saving = last or (state.step != began and state.step % args.checkpoint_every == 0)
+            if reporting or saving:
+                check_finite(job, state)
+            if reporting:
+                line = report(args, job, state, before[1], evaluating)
+                run.log(state, line)
+                bar.set_postfix(loss=f"{line.get('train_loss', math.nan):.2f}", refresh=False)
+                if evaluating:
+                    bar.write(f"step {state.step:6}  held-out loss {line['val_loss']:.3f} (unigram "
+                              f"entropy {text.unigram_entropy:.3f})  accuracy "
+                              f"{line['val_accuracy']:.3f}")
+            if saving:
+                run.save(job, state)
+            if last:
+                break
+            state.pending.append(update(args, job, state.step))
+            state.flops += count_flops(args, job.model.shape, job.teacher, [state.step])
+            state.step += 1
+            bar.update()
+    except NotFinite as error:
         bar.close()
-        print(f"error: the loss or its gradient is not finite at step {step}; the last checkpoint "
+        print(f"error: the loss or its gradient is not finite at step {error}; the last checkpoint "
               "is intact, but a lower --lr is needed", file=sys.stderr)
         sys.exit(1)
-
-    share = a.batch_size // ranks.WORLD  # rows of this process
-    micro = a.micro_batch or share
-    assert share * ranks.WORLD == a.batch_size and share % micro == 0, "rows would be left out"
-    mine = range(ranks.RANK * share, (ranks.RANK + 1) * share, micro)
-    kinds = M.token_kinds(tokenizer.pieces, text.counts)
-    flops = all_flops - sum(map(flops_at, range(step, a.steps)))  # so far
-    bar = tqdm(total=a.steps, initial=step, desc=run.name, unit=" steps",
-               disable=ranks.RANK > 0, mininterval=0.2 if sys.stderr.isatty() else 30)
-    began, timed = time.perf_counter(), 0  # since the last log line: time, and steps in it
-
-    while True:
-        k, choosing, teaching = plan(a, step)
-        now_score = score if choosing else None
-
-        # ---- log, evaluate, save: everything that happens once in a while
-        stopping = ranks.any_of(bool(stop))
-        last = stopping or step == a.steps
-        due = step in (0, a.steps) or (a.eval_every and step % a.eval_every == 0)
-        to_log = due or step % a.log_every == 0
-        to_save = last or (step != begun and step % a.checkpoint_every == 0)
-        if recent and (to_log or to_save):
-            values = ranks.mean(torch.stack(recent))
-            recent = list(values)
-            finite = values.isfinite().all(1)
-            if not finite.all():
-                not_finite(step - len(recent) + 1 + finite.int().argmin().item())
-        if to_log and step != logged:
-            entry = {"step": step, "tokens": step * a.batch_size * T}
-            if recent:
-                since = time.perf_counter() - began
-                seconds += since
-                entry |= {"train_loss": values[:, 0].mean().item(),
-                          "grad_norm": values[:, 1].mean().item(),
-                          "lr": optimizer.param_groups[0]["lr"],
-                          "tokens_per_s": round(timed * a.batch_size * T / since),
-                          "seconds": round(seconds, 1)}
-                bar.set_postfix(loss=f"{entry['train_loss']:.2f}", refresh=False)
-            entry |= {"flops": flops, "flops_with_teacher": flops + teacher_flops}
-            if due:
-                entry["val_loss"], entry["val_accuracy"] = M.evaluate(model, valid, amp)
-                if not math.isfinite(entry["val_loss"]):
-                    not_finite(step)
-
-                def choose_now(tokens, noise):
-                    return M.choose(tokens, k, now_score, a.select, a.pool, noise)
-
-                with amp():
-                    entry["masked"] = M.diagnose(model, valid[:64], k, choose_now, kinds, types)
-                entry["peak_memory_mb"] = peak_memory(device) >> 20
-                bar.write(f"step {step:6}  held-out loss {entry['val_loss']:.3f} (unigram entropy "
-                          f"{text.unigram_entropy:.3f})  accuracy {entry['val_accuracy']:.3f}")
-            log.write(json.dumps(entry) + "\n")
-            log.flush()
-            mirror(entry)
-            recent, logged, began, timed = [], step, time.perf_counter(), 0
-        if to_save and not ranks.RANK:
-            os.fsync(log.fileno())  # the log must never be behind the checkpoint
-            save_checkpoint(run, {
-                "step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-                "recent": torch.stack(recent) if recent else torch.zeros(0, 2),
-                "types": torch.stack([types.mean, types.seen]) if types else torch.zeros(0),
-                "seconds": seconds, "logged": logged})
-        if last:
-            break
-
-        # ---- one update: where to mask, what to put there, loss, gradient
-        model.train()
-        tokens = corpora.batch_at(text.train, a.seed, step, a.batch_size).to(device)
-        noise = {p: M.draw(a.seed, step, p, a.batch_size, T).to(device)
-                 for p in (M.POOL, M.SELECT, M.HALF)}
-        u = M.draw(a.seed, step, M.REPLACE, a.batch_size, 2 * k).view(-1, k, 2).to(device)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, a.steps, a.lr, a.warmup_frac, a.decay_frac)
-        total, sightings = 0.0, []
-        for first in mine:
-            part = slice(first, first + micro)
-            x = tokens[part]
-            positions = M.choose(x, k, now_score, a.select, a.pool,
-                                 {p: n[part] for p, n in noise.items()})
-            inputs = M.replace(x, positions, u[part], V)
-            labels = x.gather(1, positions).flatten()
-            M.seed_dropout(a.seed, step, first)
-            # Processes average their gradients once: in the backward of the last part.
-            parallel.require_backward_grad_sync = first == mine[-1]
-            with amp():
-                logits = forward(inputs, positions).flatten(0, 1)  # (B k, V)
-            logits = logits.float()
-            log_p = logits.log_softmax(-1)
-            loss = F.nll_loss(log_p, labels)
-            total += loss.detach() * (micro / share)
-            if teaching:
-                with torch.no_grad(), amp():
-                    taught = teacher(inputs, positions).flatten(0, 1).float()
-                loss = (1 - a.alpha) * loss + a.alpha * distillation_loss(logits, taught, a.tau)
-            if types:
-                shown = inputs.gather(1, positions).flatten() == MASK
-                H = M.entropy_of(log_p.detach())
-                sightings.append(torch.stack([labels.float(), H, shown.float()]))
-            # All rows have k masked tokens: the mean over the batch is the mean of these means.
-            (loss * (micro / share)).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if types:  # all at once, in the order of the rows: a micro-batch is only about memory
-            by_part = [ranks.gather(s) for s in sightings]
-            labels, H, shown = torch.cat([x for rank in zip(*by_part) for x in rank], 1)
-            types.update(labels.long(), H, shown)
-        recent.append(torch.stack([total, norm]))
-        flops += flops_at(step)
-        step, timed = step + 1, timed + 1
-        bar.update()
-
-    # ---- end -------------------------------------------------------------------------------------
+    except (MemoryError, RuntimeError) as error:
+        micro = args.micro_batch or args.batch_size // WORLD
+        raise machine.without_memory(error, micro, run.path) or error
     bar.close()
+    machine.leave()  # after process 0 has saved: torchrun ends the others when one is gone
     if stopping:
-        print(f"stopped after step {step}; go on with:  python train.py --resume {run}")
-        ranks.leave()  # after process 0 has saved: torchrun ends the others when one is gone
+        print(f"stopped after step {state.step}; go on with:  {resume_command(run.path)}")
         sys.exit(128 + (stop or [signal.SIGTERM])[0])
-    if ranks.RANK:
-        return ranks.leave()
-    share_types(weights := {n: w.cpu() for n, w in model.state_dict().items()})
-    save_tensors(run / "model.pt", {"shape": asdict(shape), "model": weights})
-    lock.close()
-    ranks.leave()
-    loss, H = read_log(run)[-1]["val_loss"], text.unigram_entropy
-    stuck = "" if loss < WITHOUT_CONTEXT * H else ": no context is used yet, train for more --steps"
-    print(f"{run}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} ({loss - H:+.2f}){stuck}"
-          f'\nsee what it masks:  python masking.py {run} "The function returns an array."')
+    if not RANK:
+        weights = {name: w.cpu() for name, w in job.model.state_dict().items()}
+        copy_token_type(weights)
+        run.finish(job.model.shape, weights)
+        loss, H = json.loads(state.log.splitlines()[-1])["val_loss"], text.unigram_entropy
+        stuck = ": no context is used yet, train for more --steps"
+        print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
+              f"({loss - H:+.2f}){stuck * (loss >= WITHOUT_CONTEXT * H)}\nsee what it masks:  "
+              f'python masking.py {shlex.quote(args.out)} "The function returns an array."')
 
 
 if __name__ == "__main__":
-    run_script(lambda: ranks.guard(main))
+    run_script(main)

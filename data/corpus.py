@@ -298,7 +298,11 @@ def unigram_entropy(counts):
     return float(-(p * np.log(p)).sum())
 
 
-def prepare(corpus, vocab_size, cache="data/cache"):
+def find_prepared(cache, train_sha256, tokenizer_sha256):
+    return None
+
+
+def prepare(corpus, vocab_size, cache="data/cache", threads=1):
     """Return the cache folder of `corpus` (a path or a name), building it if it is not there."""
     if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise UserError(f"--vocab-size {vocab_size}: it must lie between {MIN_VOCAB} and "
@@ -396,7 +400,7 @@ def load(folder, seq_len, max_tokens=0):
     valid_counts = np.bincount(np.fromfile(folder / "valid.bin", np.uint16), minlength=len(counts))
     return SimpleNamespace(
         **blocks, tokenizer=tokenizer, tokenizer_path=folder / "tokenizer.model", counts=counts,
-        sha256=sha256["train.bin"], unigram_entropy=unigram_entropy(valid_counts),
+        sha256=sha256["train.bin"], about="?", unigram_entropy=unigram_entropy(valid_counts),
     )
 
 
@@ -411,21 +415,19 @@ def with_ends(blocks):
 
 
 def batch_at(blocks, seed, step, batch_size):
-    """The tokens (B, T) of a step: epoch after epoch, each in a random order of its own.
+    return with_ends(blocks[block_order(len(blocks), seed, step, batch_size)])
 
-    A function of (seed, step) alone: resuming seeks nowhere, and arms with one seed share it.
-    """
+
+def block_order(n, seed, step, batch_size):
     first = step * batch_size
     rows = []
-    for epoch in range(first // len(blocks), (first + batch_size - 1) // len(blocks) + 1):
-        order = epoch_order(seed, epoch, len(blocks))
-        begin = epoch * len(blocks)
+    for epoch in range(first // n, (first + batch_size - 1) // n + 1):
+        order = epoch_order(seed, epoch, n)
+        begin = epoch * n
         rows.append(order[max(0, first - begin):first + batch_size - begin])
-    return with_ends(blocks[np.concatenate(rows)])
+    return np.concatenate(rows)
 
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def epoch_order(seed, epoch, n):
-    # numpy pads seeds with zeros: (seed, epoch) is the stream of masking.draw(seed, epoch, POOL).
-    # The two never meet in one step but for the first, and no order depends on what is masked.
     return np.random.default_rng((seed, epoch)).permutation(n)

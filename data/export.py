@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, make_folder, write_atomic
+from data.files import UserError, write_atomic
 from data.tokenizer import N_SPECIAL
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -27,7 +27,7 @@ def export(model, tokenizer, folder):
     folder = Path(folder)
     if there := [name for name in FILES if (folder / name).exists()]:
         raise UserError(f"{folder / there[0]} exists: give another folder to --export")
-    make_folder(folder)
+    folder.mkdir(parents=True, exist_ok=True)
 
     def write(name, value):
         write_atomic(folder / name, json.dumps(value).encode())
