@@ -15,7 +15,6 @@ threads and flags and without --compile, a resumed run equals an uninterrupted o
 import json
 import math
 import os
-import platform
 import shlex
 import signal
 import sys
@@ -24,7 +23,6 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -36,7 +34,7 @@ from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
 from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    WITHOUT_CONTEXT, Run, State, check_new, model_sha256, open_earlier, read_config, resume_command,
+    WITHOUT_CONTEXT, Run, State, check_new, load_text, open_earlier, read_config, resume_command,
 )
 from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flops, load
 
@@ -281,6 +279,7 @@ def where_to_mask(args, job, step, tokens, noise):
 
 def update(args, job, step):
     """One step of training -> (2,): loss in nats at the masked tokens, norm of the gradient."""
+    job.model.train()
     blocks = corpus.block_order(len(job.text.train), args.seed, step, args.batch_size)
     tokens = corpus.with_ends(job.text.train[blocks]).to(job.machine.device)  # (B, T)
     noise = masking.draw(args.seed, step, *tokens.shape).to(job.machine.device)  # (B, T, 5)
@@ -408,24 +407,6 @@ def report(args, job, state, teacher_flops, evaluating):
     return line
 
 
-def load_text(args, earlier, machine):
-    """The tokens: of an earlier run those that it began with, found by their hash."""
-    def find():
-        return (earlier and corpus.find_prepared(
-            args.cache, earlier["corpus_sha256"], earlier["tokenizer_sha256"])) or corpus.prepare(
-                args.corpus, args.vocab_size, args.cache, machine.threads)
-
-    moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
-             "where with --corpus")
-    try:
-        text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
-    except UserError as error:
-        raise UserError(f"{error} ({moved})" if earlier else error)
-    if earlier and earlier["corpus_sha256"] != text.sha256:
-        raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
-    return text
-
-
 def load_other(args, flag, text):
     """The run that --teacher or --init-from names -> (its model or None, the FLOPs spent on it)."""
     run = getattr(args, flag)
@@ -443,7 +424,7 @@ def load_other(args, flag, text):
 
 
 def build(args, machine, text):
-    """-> (the Job, what is spent before the first update: FLOPs of the origin, of the teacher)"""
+    """-> (the Job; the FLOPs spent before the first update, on the origin and on the teacher)"""
     teacher, teacher_flops = load_other(args, "teacher", text)
     origin, origin_flops = load_other(args, "init_from", text)
     torch.manual_seed(args.seed)
@@ -463,31 +444,6 @@ def build(args, machine, text):
         token_kinds(text.tokenizer.pieces, text.counts)), origin_flops, teacher_flops
 
 
-def open_run(args, job, earlier, origin_flops, teacher_flops):
-    """A new run folder, or that of an interrupted run. -> (the Run, the State where it stands)"""
-    shape = job.model.shape
-    if args.flops_of and not earlier:
-        budget, args.steps = read_config(args.flops_of)["flops"], 1000
-        # A step's FLOPs depend on the share of the run that is over: take their mean.
-        mean = count_flops(args, shape, job.teacher, range(1000)) / 1000
-        args.steps = max(1, round(budget / mean))
-    args.dtype = job.machine.dtype  # what auto chose belongs to the run: it goes on with that
-    spent = count_flops(args, shape, job.teacher, range(args.steps))
-    run = Run(Path(args.out), {
-        "flags": {name: getattr(args, name) for name in DEFAULTS},
-        "corpus_sha256": job.text.sha256, "tokenizer_sha256": job.text.tokenizer.sha256,
-        "teacher_sha256": model_sha256(args.teacher),
-        "origin_sha256": model_sha256(args.init_from),
-        "parameters": sum(p.numel() for p in job.model.parameters()),
-        "unigram_entropy": job.text.unigram_entropy, "flops": origin_flops + spent,
-        "teacher_flops": teacher_flops,
-        "starts": [{**job.machine.record(), "numpy": np.__version__,
-                    "python": platform.python_version(), "command": sys.argv,
-                    "date": time.strftime("%Y-%m-%d %H:%M")}],
-    }, job.text.tokenizer_path, earlier)
-    return run, run.restore(job, State(flops=origin_flops))
-
-
 def main():
     args, earlier = parse_args()
     machine = Machine(args)
@@ -499,12 +455,19 @@ def main():
     if len(text.train) < args.batch_size:
         raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
                         f"of {args.batch_size}: give more text, or a smaller --batch-size")
-    job, *before = build(args, machine, text)
+    job, origin_flops, teacher_flops = build(args, machine, text)
     if earlier and (Path(args.out) / "model.pt").exists():  # --eval
         loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), job.valid, machine)
         return print(f"{args.out}: held-out loss {loss:.4f} nats (unigram entropy "
                      f"{text.unigram_entropy:.4f}), accuracy {accuracy:.4f}")
-    run, state = open_run(args, job, earlier, *before)
+    if args.flops_of and not earlier:
+        budget, args.steps = read_config(args.flops_of)["flops"], 1000
+        # A step's FLOPs depend on the share of the run that is over: take their mean.
+        mean = count_flops(args, job.model.shape, job.teacher, range(1000)) / 1000
+        args.steps = max(1, round(budget / mean))
+    flops = origin_flops + count_flops(args, job.model.shape, job.teacher, range(args.steps))
+    run = Run(args, job, earlier, flops, teacher_flops)
+    state = run.restore(job, State(flops=origin_flops))
     if earlier:
         print(f"{args.out}: going on after step {state.step}")
     stop, began = catch_signals(), state.step  # a signal asks for a stop after the step
@@ -522,9 +485,10 @@ def main():
             if reporting or saving:
                 check_finite(job, state)
             if reporting:
-                line = report(args, job, state, before[1], evaluating)
+                line = report(args, job, state, teacher_flops, evaluating)
                 run.log(state, line)
-                bar.set_postfix(loss=f"{line.get('train_loss', math.nan):.2f}", refresh=False)
+                if "train_loss" in line:
+                    bar.set_postfix(loss=f"{line['train_loss']:.2f}", refresh=False)
                 if evaluating:
                     bar.write(f"step {state.step:6}  held-out loss {line['val_loss']:.3f} (unigram "
                               f"entropy {text.unigram_entropy:.3f})  accuracy "

@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from data.files import UserError
 
-# Only torchrun's own start means several processes: RANK alone may be left over from something else.
+# Only torchrun's own start means several processes: RANK alone may be left over from another job.
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1

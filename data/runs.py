@@ -1,7 +1,7 @@
 """Run folders: what is refused before any work begins, checkpoints, the log.
 
-    runs/self-0/  config.json         every flag, hashes of corpus, tokenizer and teacher, FLOPs, and
-                                      the machine and versions of each start
+    runs/self-0/  config.json         every flag, hashes of corpus, tokenizer and teacher, FLOPs,
+                                      and the machine and versions of each start
                   tokenizer.model     the vocabulary
                   log.jsonl           a JSON object a line, see the README
                   checkpoint.pt       everything needed to go on; checkpoint.prev.pt the one before
@@ -12,14 +12,18 @@ config.json has no checksum. What was trained carries its hash: checkpoint.pt an
 
 import json
 import os
+import platform
 import shlex
+import sys
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from data import corpus
 from data.files import (
     UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, sha256_json,
     write_atomic, write_json,
@@ -80,6 +84,25 @@ def open_earlier(run, finished, typed, defaults, may_change):
     return Namespace(**{**flags, **typed, "out": str(run)}), config
 
 
+def load_text(args, earlier, machine):
+    """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
+    cache by their hash, whatever was upgraded, moved or deleted since."""
+    def find():
+        return (earlier and corpus.find_prepared(
+            args.cache, earlier["corpus_sha256"], earlier["tokenizer_sha256"])) or corpus.prepare(
+                args.corpus, args.vocab_size, args.cache, machine.threads)
+
+    moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
+             "where with --corpus")
+    try:
+        text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
+    except UserError as error:
+        raise UserError(f"{error} ({moved})" if earlier else error)
+    if earlier and earlier["corpus_sha256"] != text.sha256:
+        raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
+    return text
+
+
 def read_config(run):
     """Read a run's config.json -> a dict with the keys of CONFIG. UserError if it is damaged."""
     path = Path(run) / "config.json"
@@ -120,9 +143,25 @@ class State:
 class Run:
     """The folder of a run that is being trained. Process 0 alone writes in it."""
 
-    def __init__(self, path, config, tokenizer_path, earlier=None):
-        """Make the folder of a new run; or check that an `earlier` one goes on with the tokenizer,
-        teacher and origin that it had, and add this start to its config.json."""
+    def __init__(self, args, job, earlier, flops, teacher_flops):
+        """Make the folder of a new run; or check that an `earlier` one (its config) goes on with
+        the tokenizer, teacher and origin that it had, and add this start to its config.json.
+
+        flops, teacher_flops: what the whole run will have spent, and what its teacher did.
+        """
+        args.dtype = job.machine.dtype  # what auto chose belongs to the run: it goes on with that
+        now = {**job.machine.record(), "numpy": np.__version__,
+               "python": platform.python_version(), "command": sys.argv,
+               "date": time.strftime("%Y-%m-%d %H:%M")}
+        config = {
+            "flags": vars(args), "corpus_sha256": job.text.sha256,
+            "tokenizer_sha256": job.text.tokenizer.sha256,
+            "teacher_sha256": model_sha256(args.teacher),
+            "origin_sha256": model_sha256(args.init_from),
+            "parameters": sum(p.numel() for p in job.model.parameters()),
+            "unigram_entropy": job.text.unigram_entropy, "flops": flops,
+            "teacher_flops": teacher_flops, "starts": [now]}
+        path = Path(args.out)
         self.path, self.config, self.lock = path, earlier or config, None
         if RANK:
             return
@@ -131,13 +170,13 @@ class Run:
         if not earlier:
             if (path / "config.json").exists():
                 raise UserError(f"{path} was begun by another process just now")
-            write_atomic(path / "tokenizer.model", tokenizer_path.read_bytes())
+            write_atomic(path / "tokenizer.model", job.text.tokenizer_path.read_bytes())
             write_json(path / "config.json", config)  # last: a folder that has it is a run
             return
         for what in ("tokenizer", "teacher", "origin"):
             if earlier[f"{what}_sha256"] != config[f"{what}_sha256"]:
                 raise UserError(f"the {what} is not the one that {path} began with")
-        before, now = earlier["starts"][-1] if earlier["starts"] else {}, config["starts"][0]
+        before = earlier["starts"][-1] if earlier["starts"] else {}
         changed = [f"{name} {now[name]} (before: {before.get(name)})" for name in NOT_BIT_FOR_BIT
                    if now[name] != before.get(name)]
         if changed:

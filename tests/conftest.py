@@ -2,6 +2,18 @@
 there is a GPU; tests/test_cuda.py alone gives it to the processes that it starts."""
 
 import os
+import signal
+
+import pytest
 
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # as the user has it; None: all of them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a GPU
+
+
+@pytest.fixture(autouse=True)
+def restore_signals():
+    """A training run in this process takes over the signals."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 import masking as M
-from data.metrics import spearman
 from data.runs import WITHOUT_CONTEXT
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape
@@ -24,7 +23,7 @@ def rows_of(n, length=T, seed=0, separators=0):
 
 
 def noise_of(n, length=T, step=0):
-    return {p: M.draw(7, step, p, n, length) for p in (M.POOL, M.SELECT, M.HALF)}
+    return M.draw(7, step, n, length)
 
 
 def small_model(**changes):
@@ -37,16 +36,26 @@ def table(H):
     return lambda tokens, candidates: H.gather(1, candidates)
 
 
+def nobody(tokens, places):
+    return M.random_masking(None, None, None, tokens, places)
+
+
+def pool_of(tokens, c, noise):
+    """The candidates (B, c): the ordinary tokens with the largest numbers."""
+    return (noise[..., M.POOL] - (tokens < N_SPECIAL).float()).argsort(descending=True)[:, :c]
+
+
 # ---- random numbers
 
 
-def test_draws_are_a_function_of_seed_step_purpose_and_row():
-    a = M.draw(1, 5, M.POOL, 8, 10)
-    assert torch.equal(a, M.draw(1, 5, M.POOL, 8, 10))
-    assert torch.equal(a[:3], M.draw(1, 5, M.POOL, 3, 10))  # a row does not know how many there are
-    for other in ((2, 5, M.POOL), (1, 6, M.POOL), (1, 5, M.SELECT)):
+def test_draws_are_a_function_of_seed_step_and_row():
+    a = M.draw(1, 5, 8, 10)
+    assert torch.equal(a, M.draw(1, 5, 8, 10))
+    assert torch.equal(a[:3], M.draw(1, 5, 3, 10))  # a row does not know how many there are
+    for other in ((2, 5), (1, 6)):
         assert not torch.equal(a, M.draw(*other, 8, 10))
-    assert a.min() >= 0 and a.max() < 1
+    assert a.shape == (8, 10, 5) and a.min() >= 0 and a.max() < 1
+    assert abs(np.corrcoef(M.draw(0, 0, 100, 100).view(-1, 5).T.numpy()) - np.eye(5)).max() < 0.05
 
 
 # ---- entropy
@@ -57,7 +66,6 @@ def test_entropy_equals_float64():
     p = logits.double().softmax(-1).numpy()
     H = -(p * np.log(p)).sum(-1)
     assert np.allclose(M.entropy(logits).numpy(), H, atol=1e-5)
-    assert np.allclose(M.entropy_of(logits.log_softmax(-1)).numpy(), H, atol=1e-5)
 
 
 def test_dropout_s_stream_is_a_function_of_seed_step_and_row():
@@ -81,14 +89,13 @@ def test_entropy_of_uniform_and_of_certain():
     assert M.entropy(torch.randn(2, 3, V).bfloat16()).dtype == torch.float32
 
 
-def test_entropy_at_equals_dense_and_leaves_no_trace(monkeypatch):
-    monkeypatch.setattr(M, "chunk_rows", lambda *_: 3)  # the chunks must fit together
-    model, tokens = small_model().train(), rows_of(4)
+def test_uncertainty_equals_dense_and_leaves_no_trace():
+    model, tokens = small_model(vocab_size=V).train(), rows_of(4)
     where = torch.arange(1, 8).expand(4, 7)
     model(tokens).sum().backward()
     gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
     torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
-    H = M.entropy_at(model, tokens, where)
+    H = M.uncertainty(model, tokens, where)
     assert model.training and not H.requires_grad and not H.is_inference()
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
@@ -97,36 +104,65 @@ def test_entropy_at_equals_dense_and_leaves_no_trace(monkeypatch):
     with torch.no_grad():
         p = model.eval()(tokens).gather(1, where[..., None].expand(-1, -1, V)).double().softmax(-1)
     assert torch.allclose(H.double(), -(p * p.log()).sum(-1), atol=1e-5)
+    big = rows_of(900)  # 900 x 32 logits of 300 are more than one part of 2^23: parts fit together
+    everywhere = torch.arange(1, T - 1).expand(900, -1)
+    assert torch.allclose(M.uncertainty(model, big, everywhere)[890:],
+                          M.uncertainty(model, big[890:], everywhere[890:]), atol=1e-5)
 
 
 # ---- what the scoring model reads
 
 
-def test_masked_score_does_not_see_the_token_and_clear_does():
+def test_masked_input_does_not_show_the_token_and_unmasked_does():
     model, tokens = small_model(), rows_of(2)
     candidates = torch.tensor([[3, 9, 20], [1, 2, 30]])
     other = tokens.scatter(1, candidates, 250)
-    assert torch.equal(M.masked_entropy(model, tokens, candidates),
-                       M.masked_entropy(model, other, candidates))
-    assert not torch.allclose(M.clear_entropy(model, tokens, candidates),
-                              M.clear_entropy(model, other, candidates))
+    assert torch.equal(M.masked(model, tokens, candidates), M.masked(model, other, candidates))
+    assert not torch.allclose(M.unmasked(model, tokens, candidates),
+                              M.unmasked(model, other, candidates))
     assert tokens[0, 3] != MASK  # the batch itself is not changed
 
 
-def test_type_entropy_is_a_running_mean():
-    types = M.TypeEntropy(V)
-    assert types(torch.tensor([[0, 9]]), torch.tensor([[1]])).item() == pytest.approx(np.log(V))
-    ones = torch.ones(3)
-    shown = torch.tensor([1.0, 1.0, 0.0])
-    types.update(torch.tensor([9, 9, 8]), torch.tensor([2.0, 4.0, 5.0]), shown)
-    assert types.mean[9].item() == pytest.approx(3.0)  # the first sightings replace ln V
-    assert types.mean[8].item() == pytest.approx(np.log(V))  # not shown as [MASK]: does not count
-    types.update(torch.tensor([9, 7, 7]), torch.tensor([6.0, 1.0, 1.0]), ones)
-    assert types.mean[9].item() == pytest.approx(4.0)  # (2 + 4 + 6) / 3
-    assert types.mean[7].item() == pytest.approx(1.0)
-    for _ in range(1000):  # and later ones are forgotten
-        types.update(torch.tensor([9]), torch.tensor([0.5]), torch.ones(1))
-    assert types.mean[9].item() == pytest.approx(0.5, abs=1e-3)
+def test_who_is_asked():
+    """The three strategies differ in one word."""
+    tokens, places = rows_of(2), torch.tensor([[3, 9, 20], [1, 2, 30]])
+
+    def ask(model, tokens, places):
+        return torch.full(places.shape, model)
+
+    H = {name: who(ask, 1.0, 2.0, tokens, places) for name, who in M.MASKING.items()}
+    assert {name: h.unique().tolist() for name, h in H.items()} == {
+        "random": [0.0], "entropy": [2.0], "self": [1.0]}
+
+
+class OneProcess:
+    @staticmethod
+    def gather_rows(x):
+        return x
+
+
+def test_the_mean_of_a_vocabulary_item_is_a_running_mean():
+    mean = M.VocabularyMean(V)
+    assert mean(None, torch.tensor([[0, 9]]), torch.tensor([[1]])).item() == pytest.approx(
+        np.log(V))
+
+    def see(*items):
+        """(item, whether [MASK] was shown, its logits say n items are equally likely)"""
+        for item, shown, n in items:
+            logits = torch.full((1, V), -100.0)
+            logits[0, :n] = 0
+            mean.see(torch.tensor([item]), torch.tensor([MASK if shown else item]), logits)
+        mean.learn(OneProcess)
+
+    see((9, True, 10), (9, True, 100), (8, False, 50))
+    assert mean.mean[9].item() == pytest.approx((np.log(10) + np.log(100)) / 2, abs=1e-4)
+    assert mean.mean[8].item() == pytest.approx(np.log(V))  # not shown as [MASK]: does not count
+    see((9, True, 1000 // 10), (7, True, 2), (7, True, 2))
+    assert mean.mean[9].item() == pytest.approx(np.log(10 * 100 * 100) / 3, abs=1e-4)
+    assert mean.mean[7].item() == pytest.approx(np.log(2), abs=1e-4)
+    for _ in range(1000):  # and early ones are forgotten
+        see((9, True, 3))
+    assert mean.mean[9].item() == pytest.approx(np.log(3), abs=1e-3)
 
 
 # ---- scores -> positions
@@ -151,8 +187,7 @@ def test_rules_on_a_hand_made_table():
 def test_the_pool_bounds_what_can_be_chosen():
     tokens, H = rows_of(200), torch.rand(200, T)
     noise = noise_of(200)
-    candidates = M.top_k(torch.zeros(200, T).masked_fill(tokens < N_SPECIAL, -torch.inf), 10,
-                         noise[M.POOL])
+    candidates = pool_of(tokens, 10, noise)
     positions = M.choose(tokens, 5, table(H), "high", 2, noise)
     best = candidates.gather(1, H.gather(1, candidates).topk(5).indices).sort(1).values
     assert torch.equal(positions, best)
@@ -192,8 +227,7 @@ def test_mix_takes_its_random_half_from_outside_the_pool_too():
     n, k = 20_000, 5
     tokens, noise = rows_of(n, 22), noise_of(n, 22)
     H = torch.rand(n, 22, generator=torch.Generator().manual_seed(0))
-    pool = M.top_k(torch.zeros(n, 22).masked_fill(tokens < N_SPECIAL, -torch.inf), 2 * k,
-                   noise[M.POOL])
+    pool = pool_of(tokens, 2 * k, noise)
     best = pool.gather(1, H.gather(1, pool).topk(2).indices)
     is_best, in_pool = (torch.zeros(n, 22).scatter(1, x, 1.0) for x in (best, pool))
     positions = M.choose(tokens, k, table(H), "mix", 2, noise)
@@ -205,7 +239,7 @@ def test_mix_takes_its_random_half_from_outside_the_pool_too():
 def test_ties_are_broken_at_random_not_by_position():
     n = 20_000
     tokens = rows_of(n, 22)
-    for score in (None, table(torch.ones(n, 22))):
+    for score in (nobody, table(torch.ones(n, 22))):
         positions = M.choose(tokens, 5, score, "high", 0, noise_of(n, 22))
         shares = torch.bincount(positions.flatten(), minlength=22) / n
         assert torch.allclose(shares[1:21], torch.full((20,), 0.25), atol=0.015)
@@ -219,7 +253,8 @@ def test_every_strategy_masks_exactly_k_and_never_a_special_token(rule, pool):
     tokens = rows_of(100, separators=2)
     before = tokens.clone()
     H = torch.rand(100, T)
-    score = None if rule == "random" else table(H)
+    score = nobody if rule == "random" else table(H)
+    rule = "high" if rule == "random" else rule
     positions = M.choose(tokens, 8, score, rule, pool, noise_of(100))
     assert positions.shape == (100, 8)
     assert (positions.diff(dim=1) > 0).all()  # ascending, so all different
@@ -228,7 +263,8 @@ def test_every_strategy_masks_exactly_k_and_never_a_special_token(rule, pool):
     again = M.choose(tokens, 8, score, rule, pool, noise_of(100))
     assert torch.equal(positions, again)
     other = M.choose(tokens, 8, score, rule, pool, noise_of(100, step=1))
-    assert torch.equal(positions, other) == (pool == 0 and rule in ("high", "low", "mid"))
+    assert torch.equal(positions, other) == (
+        score is not nobody and pool == 0 and rule in ("high", "low", "mid"))
 
 
 def test_mid_uses_the_row_median_of_real_tokens():
@@ -247,11 +283,11 @@ def test_self_masking_agrees_with_a_plain_loop():
     """Scores of a real model, row by row and token by token, in float64."""
     model, tokens = small_model().eval(), rows_of(5, separators=1)
     noise = noise_of(5)
-    positions = M.choose(tokens, 4, lambda t, c: M.masked_entropy(model, t, c), "high", 2, noise)
+    positions = M.choose(tokens, 4, lambda t, c: M.masked(model, t, c), "high", 2, noise)
     model.double()
     for row in range(5):
         real = [t for t in range(T) if tokens[row, t] >= N_SPECIAL]
-        pool = sorted(real, key=lambda t: noise[M.POOL][row, t])[:8]
+        pool = sorted(real, key=lambda t: -noise[row, t, M.POOL])[:8]
         masked = tokens[row].clone()
         masked[pool] = MASK
         with torch.no_grad():
@@ -263,12 +299,12 @@ def test_self_masking_agrees_with_a_plain_loop():
 # ---- what to put there
 
 
-def test_replacement_is_80_10_10_from_one_draw():
+def test_corruption_is_80_10_10_from_one_draw():
     n, k = 3000, 34
     tokens = rows_of(n, 100)
-    positions = M.choose(tokens, k, None, None, 0, noise_of(n, 100))
+    positions = M.choose_at_random(tokens, k, noise_of(n, 100))
     before = tokens.clone()
-    new = M.replace(tokens, positions, M.draw(0, 0, M.REPLACE, n, 2 * k).view(n, k, 2), V)
+    new = M.corrupt(tokens, positions, noise_of(n, 100), V)
     assert torch.equal(tokens, before)
     at, was = new.gather(1, positions), tokens.gather(1, positions)
     masks, same = (at == MASK).float().mean().item(), (at == was).float().mean().item()
@@ -285,45 +321,7 @@ def test_mask_count():
     assert M.mask_count(0.15, 16) == 2 and M.mask_count(0.001, 16) == 1
 
 
-# ---- what is masked
-
-
-def test_spearman_by_hand():
-    a = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
-    assert spearman(a, a.exp()) == pytest.approx(1.0)
-    assert spearman(a, -a) == pytest.approx(-1.0)
-    # ranks 1, 2.5, 2.5, 4 against 1, 2, 3, 4: covariance 4.5, norms^2 4.5 and 5
-    tied = spearman(torch.tensor([1.0, 2, 2, 3]), torch.tensor([1.0, 2, 3, 4]))
-    assert tied == pytest.approx(4.5 / (4.5 * 5) ** 0.5)
-    assert spearman(a, torch.ones(5)) == 0
-
-
-def test_diagnosis_on_a_known_strategy():
-    """A strategy that takes the numbers: their share is 1, and it repeats itself."""
-    model, tokens = small_model(), rows_of(10)
-    pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
-    counts = np.arange(V)
-    kinds = M.token_kinds(pieces, counts)
-    for kind, which in (("rare", range(100)), ("frequent", range(200, 300))):
-        assert kinds[kind].nonzero().flatten().tolist() == list(which)
-    H = kinds["number"].float()[tokens]
-    k = int(H[:, 1:-1].sum(1).min())
-    found = M.diagnose(model, tokens, k, lambda t, n: M.choose(t, k, table(H), "high", 0, n),
-                       kinds)
-    inner = tokens[:, 1:-1]
-    assert not model.training
-    assert found["number"] == pytest.approx([1.0, (inner % 3 == 0).float().mean().item()])
-    assert found["word_internal"] == pytest.approx([0.0, (inner % 3 == 2).float().mean().item()])
-    assert found["rate"] == pytest.approx(k / 32)
-    noise = {p: M.draw(M.DIAGNOSIS_SEED, 0, p, 10, T) for p in (M.POOL, M.SELECT, M.HALF)}
-    chosen = M.choose(tokens, k, table(H), "high", 0, noise)
-    assert H.gather(1, chosen).all()
-    with torch.no_grad():
-        logits = model(tokens.scatter(1, chosen, MASK), chosen)
-    p, answers = logits.double().softmax(-1), tokens.gather(1, chosen)
-    assert found["entropy"][0] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-4)
-    assert found["accuracy"][0] == (logits.argmax(-1) == answers).float().mean().item()
-    assert found["overlap"][1] == pytest.approx(k / 32) and found["overlap"][0] > 2 * k / 32
+# ---- the plateau
 
 
 def test_copying_what_is_shown_is_below_the_entropy_but_not_below_its_share():

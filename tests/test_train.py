@@ -1,19 +1,15 @@
 """The loop, end to end on a toy corpus.   python -m pytest tests/test_train.py -q
 
-Most runs go through runpy in this process, because importing torch anew takes seconds; what must be
-killed is a process of its own.
+Most runs are in this process, because importing torch anew takes seconds; what must be killed is a
+process of its own.
 """
 
-import gc
-import importlib.util
+import json
 import os
 import re
-import runpy
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -22,11 +18,12 @@ import torch
 import train
 from data import corpus as corpora
 from data.files import UserError, load_tensors, lock_folder, read_json, write_json
-from data.runs import check_flags, read_log
+from data.runs import read_config, read_log
 from model import fill_mask, load
+from tests.helpers import (
+    call, command, refused, same_weights, spawn, wait_for_step, what_was_logged,
+)
 from tests.test_data import write_corpus
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -34,64 +31,6 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("train")
     write_corpus(folder / "text.txt", documents=300)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def restore_signals():
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
-
-
-def command(folder, out, *flags):
-    return ["train.py", "--corpus", str(folder / "text.txt"), "--cache", str(folder / "cache"),
-            "--vocab-size", "600", "--layers", "2", "--width", "64", "--seq-len", "34",
-            "--batch-size", "8", "--steps", "24", "--log-every", "4", "--eval-every", "8",
-            "--eval-blocks", "16", "--checkpoint-every", "5", "--threads", "1",
-            "--out", str(folder / out), *flags]
-
-
-def call(argv, monkeypatch):
-    """Run a script in this process, as `python train.py ...` would."""
-    gc.collect()  # a refusal's traceback may still hold the lock of its run folder
-    monkeypatch.setattr(sys, "argv", [str(a) for a in argv])
-    runpy.run_path(str(ROOT / argv[0]), run_name="__main__")
-
-
-def refused(argv, monkeypatch, capsys):
-    """Run a script, expect status 2 and one line on stderr; return that line."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as stop:
-        call(argv, monkeypatch)
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.startswith("error: ") and error.count("\n") == 1
-    return error
-
-
-def spawn(argv):
-    return subprocess.Popen([sys.executable, *argv], cwd=ROOT, stdout=subprocess.PIPE,
-                            stderr=subprocess.STDOUT, text=True)
-
-
-def wait_for_step(run, step):
-    """Until the run's log has reached `step`."""
-    for _ in range(2400):
-        if any(line["step"] >= step for line in read_log(run)):
-            return
-        time.sleep(0.025)
-    raise AssertionError(f"{run} never reached step {step}")
-
-
-def same_weights(run, other):
-    a, b = (load_tensors(r / "model.pt")["model"] for r in (run, other))
-    return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-
-
-def what_was_logged(run):
-    """The log without the clock: what must not depend on interruptions."""
-    clock = ("tokens_per_s", "seconds", "peak_memory_mb")
-    return [{k: v for k, v in line.items() if k not in clock} for line in read_log(run)]
 
 
 @pytest.fixture(scope="module")
@@ -107,16 +46,18 @@ def teacher(folder):
 ARMS = {
     "random": ["--masking", "random", "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
     "self": ["--init-frac", "0.3", "--micro-batch", "4", "--distill", "complete"],
-    "type": ["--score-input", "type", "--select", "sample", "--init-frac", "0.2"],
-    "clear": ["--score-input", "clear", "--pool", "0", "--select", "mid", "--dtype", "bfloat16"],
+    "vocabulary": ["--score-input", "vocabulary", "--select", "sample", "--init-frac", "0.2"],
+    "unmasked": ["--score-input", "unmasked", "--pool", "0", "--select", "mid", "--dtype",
+                 "bfloat16"],
     "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
-                "--init-from-teacher", "--select", "high"],
+                "--select", "high", "--dropout", "0.1"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_killed_run_resumes_bit_for_bit(arm, folder, teacher, monkeypatch):
-    flags = ARMS[arm] + ["--teacher", str(teacher)] * ("--distill" in ARMS[arm])
+    flags = ARMS[arm] + ["--teacher", teacher] * ("--distill" in ARMS[arm])
+    flags += ["--init-from", teacher] * (arm == "entropy")
     whole, killed = folder / f"{arm}-whole", folder / f"{arm}-killed"
     call(command(folder, whole.name, *flags), monkeypatch)
     process = spawn(command(folder, killed.name, *flags))
@@ -139,7 +80,7 @@ def test_sigterm_saves_and_says_how_to_go_on(folder, monkeypatch):
     output = process.communicate(timeout=60)[0]
     assert process.returncode == 128 + signal.SIGTERM
     assert f"python train.py --resume {run}" in output and "Traceback" not in output
-    assert load_tensors(run / "checkpoint.pt")["step"] >= 8
+    assert load_tensors(run / "checkpoint.pt")["state"]["step"] >= 8
 
 
 def test_resume_before_the_first_checkpoint_starts_over(folder, monkeypatch):
@@ -154,59 +95,79 @@ def test_resume_before_the_first_checkpoint_starts_over(folder, monkeypatch):
     assert same_weights(folder / "early", run)
 
 
-@pytest.mark.parametrize("flags", [["--masking", "random"], ["--score-input", "type"]])
-def test_a_run_of_constant_rate_is_continued_bit_for_bit(flags, folder, monkeypatch):
-    """Two updates of warm-up, 9 of constant rate; then 13 more, of which the last 6 decay."""
-    name = flags[-1]
-    call(command(folder, f"{name}-at-once", *flags, "--warmup-frac", "0.0833", "--decay-frac",
-                 "0.25", "--init-frac", "0"), monkeypatch)
-    origin, run = folder / f"{name}-origin", folder / f"{name}-continued"
-    call(command(folder, origin.name, *flags, "--warmup-frac", "0.182", "--decay-frac", "0",
-                 "--steps", "11", "--init-frac", "0"), monkeypatch)
-    call(command(folder, run.name, *flags, "--warmup-frac", "0.0833", "--decay-frac", "0.25",
-                 "--init-frac", "0", "--begin-from", origin), monkeypatch)
-    assert same_weights(folder / f"{name}-at-once", run)
-    at_once = [x for x in what_was_logged(folder / f"{name}-at-once") if x["step"] > 12]
-    assert [x for x in what_was_logged(run) if x["step"] > 12] == at_once
-    for file in ("model.pt", "checkpoint.pt", "checkpoint.prev.pt"):
-        (run / file).unlink()  # killed before its first checkpoint: it begins at the origin again
+def test_a_log_that_was_torn_is_written_anew(folder, monkeypatch):
+    """What the log had at the checkpoint is in the checkpoint."""
+    run = folder / "torn"
+    call(command(folder, run.name), monkeypatch)
+    whole = what_was_logged(run)
+    (run / "model.pt").unlink()
+    (run / "checkpoint.pt").unlink()  # as it was after step 20
+    (run / "log.jsonl").write_bytes(b'{"step": 0}\nnot a line\n{"step"')
     call(["train.py", "--resume", run], monkeypatch)
-    assert same_weights(folder / f"{name}-at-once", run)
+    assert what_was_logged(run) == whole
 
 
-def test_a_continuation_counts_what_was_spent_before(folder, teacher, monkeypatch, capsys):
-    """It may mask otherwise from then on: self-masking after a run of random masks."""
-    refuse = refused(command(folder, "x", "--begin-from", teacher, "--seed", "1", "--steps", "36"),
-                     monkeypatch, capsys)
-    assert "rate has fallen" in refuse
-    origin = folder / "before"
-    call(command(folder, origin.name, "--masking", "random", "--decay-frac", "0"), monkeypatch)
-    flags = command(folder, "after", "--steps", "36", "--init-frac", "0", "--begin-from", origin)
-    call(flags, monkeypatch)
-    log, before = read_log(folder / "after"), read_log(origin)[-1]
-    assert (log[0]["step"], log[0]["flops"]) == (24, before["flops"])
-    assert log[0]["val_loss"] == before["val_loss"]
-    each = [b["flops"] - a["flops"] for a, b in zip(log, log[1:])]
-    assert len(set(each)) == 1 and each[0] > before["flops"] / 6  # 4 steps here, 24 there
-    assert log[-1]["flops"] == read_json(folder / "after" / "config.json")["flops"]
-    for flags, word in ((["--seed", "1"], "--seed"), ([], "--steps"),
-                        (["--steps", "36", "--width", "128"], "--width"),
-                        (["--steps", "36", "--warmup-frac", "0.9"], "--warmup-frac"),
-                        (["--begin-from", folder / "nowhere"], "not a finished run")):
-        error = refused(command(folder, "x", "--begin-from", origin, *flags), monkeypatch, capsys)
-        assert word in error and not (folder / "x").exists()
-    for path in (folder / "after" / "model.pt", *(folder / "after").glob("checkpoint*"),
-                 origin / "checkpoint.pt"):
-        path.unlink()  # neither of the two has anything to go on from: not from random weights
-    error = refused(["train.py", "--resume", folder / "after"], monkeypatch, capsys)
-    assert "no checkpoint of its last step" in error
+def test_a_run_goes_on_with_the_text_that_it_began_with(folder, tmp_path, monkeypatch, capsys):
+    """It is in the cache, by its hash: the file may be another one by now, or gone."""
+    text = tmp_path / "text.txt"
+    text.write_bytes((folder / "text.txt").read_bytes())
+    call(command(tmp_path, "run"), monkeypatch)
+    loss = read_log(tmp_path / "run")[-1]["val_loss"]
+    (tmp_path / "run" / "model.pt").rename(tmp_path / "model.pt")
+    text.write_text("something else\n\nand more")
+    call(["train.py", "--resume", tmp_path / "run"], monkeypatch)
+    text.unlink()
+    capsys.readouterr()
+    call(["train.py", "--eval", tmp_path / "run"], monkeypatch)
+    assert f"held-out loss {loss:.4f} nats" in capsys.readouterr().out
+    for cache in tmp_path.glob("cache/*/meta.json"):
+        cache.unlink()
+    line = refused(["train.py", "--eval", tmp_path / "run"], monkeypatch, capsys)
+    assert "if it has moved, say where with --corpus" in line
+    write_corpus(text, documents=200)
+    line = refused(["train.py", "--eval", tmp_path / "run"], monkeypatch, capsys)
+    assert "is another text" in line and "--corpus" in line
+
+
+def test_what_changed_since_a_run_began_is_said(folder, monkeypatch, capsys):
+    run = folder / "moved"
+    call(command(folder, run.name), monkeypatch)
+    (run / "model.pt").unlink()
+    config = read_json(run / "config.json")
+    config["starts"][0] |= {"torch": "1.0", "machine": "abacus"}
+    write_json(run / "config.json", config)
+    capsys.readouterr()
+    call(["train.py", "--resume", run], monkeypatch)
+    out = capsys.readouterr().out
+    assert "(before: abacus)" in out and "(before: 1.0)" in out and "not bit for bit" in out
+    assert [start["torch"] for start in read_config(run)["starts"]] == ["1.0", torch.__version__]
+
+
+# ---- starting from a finished run
+
+
+def test_init_from_takes_the_weights_alone_and_counts_what_they_cost(
+        folder, teacher, monkeypatch, capsys):
+    call(command(folder, "from", "--seed", "5", "--init-from", teacher), monkeypatch)
+    first, last = read_log(folder / "from")[0], read_log(teacher)[-1]
+    assert first["step"] == 0 and first["val_loss"] == last["val_loss"]
+    assert first["flops"] == last["flops"]
+    config = read_config(folder / "from")
+    assert config["flops"] == read_log(folder / "from")[-1]["flops"] > 2 * last["flops"]
+    capsys.readouterr()
+    call(command(folder, "again", "--seed", "1", "--steps", "1", "--init-from", teacher),
+         monkeypatch)
+    assert "has --seed 1, too" in capsys.readouterr().out
+    line = refused(command(folder, "x", "--width", "128", "--init-from", teacher), monkeypatch,
+                   capsys)
+    assert "--init-from needs a run of the same" in line and not (folder / "x").exists()
 
 
 # ---- a run
 
 
 def test_a_run_leaves_what_the_readme_says(folder, teacher, capsys, monkeypatch):
-    config, log = read_json(teacher / "config.json"), read_log(teacher)
+    config, log = read_config(teacher), read_log(teacher)
     assert config["flags"]["masking"] == "random" and config["flags"]["init_frac"] == 0
     assert log[-1]["tokens"] == 24 * 8 * 34 and log[-1]["flops"] == config["flops"]
     assert {"train_loss", "grad_norm", "lr", "tokens_per_s", "val_loss", "val_accuracy", "masked",
@@ -223,23 +184,58 @@ def test_a_run_leaves_what_the_readme_says(folder, teacher, capsys, monkeypatch)
     assert torch.equal(model.type_embedding.weight[0], model.type_embedding.weight[1])
     guesses = fill_mask(model, tokenizer, "the [MASK] reads a [MASK].")
     assert len(guesses) == 2 and len(guesses[0]) == 5
+    assert fill_mask(model, tokenizer, ["a [MASK]", "the [MASK] reads a [MASK]."])[1] == guesses
     assert all(p >= q for g in guesses for (_, p), (_, q) in zip(g, g[1:]))
     capsys.readouterr()
-    call(["train.py", "--eval", teacher, "--threads", "1"], monkeypatch)
+    call(["train.py", "--eval", teacher], monkeypatch)
     assert f"held-out loss {log[-1]['val_loss']:.4f} nats" in capsys.readouterr().out
 
 
-def test_it_learns_below_the_unigram_entropy(tmp_path, monkeypatch):
-    """Text in which every second word follows from the one before."""
-    rng = np.random.default_rng(0)
-    words = [a + b for a in "bdfgklmn" for b in ("a", "e", "i", "o", "u")]
-    text = "\n\n".join(" ".join(f"{words[i]} {words[-i]}" for i in rng.integers(0, 40, 60))
-                       for _ in range(400))
-    (tmp_path / "text.txt").write_text(text)
-    call(command(tmp_path, "run", "--vocab-size", "320", "--steps", "150", "--eval-blocks", "200",
-                 "--lr", "5e-3", "--dropout", "0"), monkeypatch)
-    unigram = read_json(tmp_path / "run" / "config.json")["unigram_entropy"]
-    assert read_log(tmp_path / "run")[-1]["val_loss"] < unigram - 1.0
+SECOND = ["pa", "re", "si", "to"]
+PIECES = 334  # so many that each word is one
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory):
+    """A run on a language of known entropy: words in pairs. The first is drawn uniformly from 40,
+    so that it keeps ln 10 nats where the second is seen; the second, one of four, follows from it.
+    """
+    folder, rng = tmp_path_factory.mktemp("known"), np.random.default_rng(0)
+    first = [a + b for a in "bdfgklmn" for b in "aeiou"]
+    lines = [" ".join(f"{first[i]} {SECOND[i % 4]}" for i in rng.integers(0, 40, 60))
+             for _ in range(400)]
+    (folder / "text.txt").write_text("\n\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        call(command(folder, "run", "--vocab-size", PIECES, "--steps", "400", "--eval-blocks", "200",
+                     "--lr", "5e-3", "--masking", "random", "--eval-every", "0"), patch)
+    return folder
+
+
+def test_it_learns_below_the_unigram_entropy(known):
+    unigram = read_config(known / "run")["unigram_entropy"]
+    assert read_log(known / "run")[-1]["val_loss"] < unigram - 1.0
+
+
+def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
+    """The whole way from the text to the mask: the model learns which words follow from the one
+    before, its entropies say so, and the rules choose by them."""
+    model, tokenizer = load(known / "run")
+    text = corpora.load(corpora.prepare(str(known / "text.txt"), PIECES, known / "cache"), 34)
+    tokens = corpora.with_ends(text.valid[:100])
+    known_ids = torch.tensor([p[1:] in SECOND for p in tokenizer.pieces])
+    assert known_ids[tokens[:, 1:-1]].float().mean() == pytest.approx(0.5, abs=0.02)
+    share = {}
+    for masking, select in (("random", "high"), ("self", "high"), ("self", "low")):
+        args = Namespace(**{**train.DEFAULTS, "masking": masking, "select": select, "seq_len": 34,
+                            "init_frac": 0.0, "mask_rate": 0.15, "mask_rate_end": 0.15})
+        noise = train.masking.draw(0, 0, *tokens.shape)
+        job = Namespace(free=None, model=model, teacher=None, machine=train.Machine(
+            Namespace(device="cpu", dtype="float32", threads=1)))
+        positions = train.where_to_mask(args, job, 0, tokens, noise)
+        share[select if masking == "self" else "random"] = 1 - known_ids[
+            tokens.gather(1, positions)].float().mean().item()
+    assert share["high"] > 0.75 and share["low"] < 0.3
+    assert share["random"] == pytest.approx(0.5, abs=0.1)
 
 
 def test_arms_with_one_seed_share_weights_data_and_first_masks(folder, teacher, monkeypatch):
@@ -250,6 +246,32 @@ def test_arms_with_one_seed_share_weights_data_and_first_masks(folder, teacher, 
     assert a[:-1] and [x["val_loss"] for x in a if "val_loss" in x] == [
         x["val_loss"] for x in b if "val_loss" in x]
     assert what_was_logged(teacher) == what_was_logged(folder / "pair-a")  # and runs repeat
+
+
+def test_the_model_itself_as_teacher_is_self_masking(folder, teacher, monkeypatch):
+    """Where teacher and student are one, both strategies mask the same tokens."""
+    logs = []
+    for masking in ("entropy", "self"):
+        out, flags = f"same-{masking}", ["--masking", masking, "--select", "high", "--seed", "7"]
+        flags += ["--teacher", teacher] if masking == "entropy" else ["--init-frac", "0"]
+        call(command(folder, out, *flags, "--init-from", teacher, "--steps", "1", "--log-every",
+                     "1"), monkeypatch)
+        logs.append(read_log(folder / out))
+    (a0, a1), (b0, b1) = logs
+    assert a0["masked"] == b0["masked"]
+    assert (a1["train_loss"], a1["grad_norm"]) == (b1["train_loss"], b1["grad_norm"])
+
+
+def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
+    rates = set()
+    for arm, flags in {**ARMS, "mix": []}.items():
+        if arm == "random":
+            flags = ["--masking", "random"]
+        flags = flags + ["--teacher", teacher] * ("--distill" in flags)
+        call(command(folder, f"rate-{arm}", *flags, "--steps", "8"), monkeypatch)
+        rates |= {line["masked"]["rate"] for line in read_log(folder / f"rate-{arm}")
+                  if "masked" in line}
+    assert len(rates) == 1
 
 
 def test_micro_batches_only_cut_the_batch_up(folder, monkeypatch):
@@ -273,24 +295,32 @@ def test_equal_compute_trains_for_the_flops_of_another_run(folder, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
-    """Step 8 is made to overflow; the checkpoint of step 6 is what is left."""
-    run = folder / "nan"
-    script = (ROOT / "train.py").read_text().replace(
-        'group["lr"] = lr_at(', 'group["lr"] = float("inf") if step == 7 else lr_at(')
-    assert script.count('float("inf") if step') == 1
-    monkeypatch.setattr(sys, "argv", list(map(str, command(folder, "nan", "--masking", "random",
-                                                           "--checkpoint-every", "3"))))
-    with pytest.raises(SystemExit) as stop:
-        names = {"__name__": "__main__", "__file__": str(ROOT / "train.py")}
-        exec(compile(script, "train.py", "exec"), names)
+    """The update of step 7 has no finite loss; the checkpoint of step 6 is what is left."""
+    run, update = folder / "nan", train.update
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", lambda args, job, step: update(args, job, step) * (
+            float("nan") if step == 7 else 1))
+        with pytest.raises(SystemExit) as stop:
+            call(command(folder, "nan", "--masking", "random", "--checkpoint-every", "3"), patch)
     assert stop.value.code == 1
-    del stop, names  # they hold the lock of the run
-    assert re.search(r"not finite at step (8|9)", capsys.readouterr().err)
+    del stop  # it holds the lock of the run
+    assert "not finite at step 8" in capsys.readouterr().err
     saved = load_tensors(run / "checkpoint.pt")
-    assert saved["step"] == 6 and all(w.isfinite().all() for w in saved["model"].values())
-    assert not (run / "model.pt").exists()
+    assert saved["state"]["step"] == 6 and not (run / "model.pt").exists()
     call(["train.py", "--resume", run], monkeypatch)
     assert read_log(run)[-1]["step"] == 24
+
+
+def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
+    def update(args, job, step):
+        raise RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: 9 bytes")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "update", update)
+        line = refused(command(folder, "big run"), patch, capsys)
+    assert f"--resume '{folder / 'big run'}' --micro-batch 1" in line
+    call(["train.py", "--resume", folder / "big run", "--micro-batch", "1"], monkeypatch)
+    assert read_log(folder / "big run")[-1]["step"] == 24
 
 
 # ---- what is refused
@@ -301,29 +331,31 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, capsys, monkeypatch):
     {"mask_rate": 1.5}, {"mask_rate": 0.0}, {"mask_rate_end": 2.0}, {"seq_len": 4}, {"seed": -1},
     {"pool": 7}, {"pool": -1}, {"pool": 0}, {"dropout": 1.0}, {"init_frac": 1.0}, {"clip": 0.0},
     {"warmup_frac": -0.1}, {"micro_batch": 3}, {"masking": "entropy"}, {"distill": "complete"},
-    {"init_from_teacher": True}, {"teacher": "x"}, {"masking": "random", "select": "high"},
+    {"init_from": "nowhere"}, {"teacher": "x"}, {"masking": "random", "select": "high"},
     {"masking": "random", "pool": 3}, {"masking": "random", "init_frac": 0.2},
-    {"masking": "entropy", "teacher": "x", "score_input": "type"}, {"alpha": 0.3}, {"tau": 3.0},
+    {"masking": "entropy", "teacher": "x", "score_input": "vocabulary"}, {"alpha": 0.3},
+    {"tau": 3.0},
     {"distill": "after-init", "teacher": "x", "init_frac": 0.0}, {"steps": 5, "flops_of": "x"},
     {"positions": "learned", "rotary_base": 10.0}, {"mask_rate": 0.5}, {"corpus_tokens": -1},
-    {"corpus": "nowhere"}, {"corpus": ""}, {"pool": 1}, {"width": 100}, {"seed": 2**64},
+    {"pool": 1}, {"width": 100}, {"seed": 2**64},
     {"flops_of": "nowhere"}, {"threads": -1},
 ], ids=str)
 def test_wrong_and_contradicting_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
     with pytest.raises(UserError):
-        check_flags({**train.DEFAULTS, **flags}, set(flags))
+        train.check_flags(Namespace(**{**train.DEFAULTS, **flags}), set(flags))
 
 
 @pytest.mark.parametrize("flags", [
-    {}, {"masking": "random"}, {"score_input": "clear", "pool": 0}, {"score_input": "type"},
+    {}, {"masking": "random"}, {"score_input": "unmasked", "pool": 0},
+    {"score_input": "vocabulary"}, {"init_from": "x"},
     {"masking": "entropy", "teacher": "x", "distill": "complete", "alpha": 1.0},
     {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
     {"micro_batch": 4}, {"positions": "learned"}, {"mask_rate": 0.3, "mask_rate_end": 0.15},
 ], ids=str)
 def test_right_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
-    check_flags({**train.DEFAULTS, **flags}, set(flags))
+    train.check_flags(Namespace(**{**train.DEFAULTS, **flags}), set(flags))
 
 
 @pytest.mark.parametrize("flags, lr", [
@@ -331,15 +363,16 @@ def test_right_flags(flags, teacher):
     ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3),
     ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
-    settled = {**train.DEFAULTS, "masking": "random", **flags}
-    check_flags(settled, set(flags))
-    assert settled["lr"] == lr
+    args = Namespace(**{**train.DEFAULTS, "masking": "random", **flags})
+    train.check_flags(args, set(flags))
+    assert args.lr == lr
 
 
 def test_run_folders_are_never_overwritten(folder, teacher, tmp_path, monkeypatch, capsys):
     before = {p.name: p.read_bytes() for p in teacher.iterdir()}
     again = command(folder, "teacher")
-    assert "is finished" in refused(again, monkeypatch, capsys)
+    line = refused(again, monkeypatch, capsys)
+    assert "is finished" in line and f"for example {folder / 'teacher-b'}" in line
     assert "nothing to resume" in refused(["train.py", "--resume", teacher], monkeypatch, capsys)
     assert before == {p.name: p.read_bytes() for p in teacher.iterdir()}
     (tmp_path / "photos").mkdir()
@@ -371,6 +404,10 @@ def test_an_unfinished_run_is_only_resumed_whole_and_unchanged(folder, monkeypat
     (run / "checkpoint.pt").write_bytes((folder / "teacher" / "checkpoint.pt").read_bytes())
     assert "does not belong" in refused(resume, monkeypatch, capsys)
     (run / "checkpoint.pt").unlink()  # as the first message advises
+    config = (run / "config.json").read_text()
+    (run / "config.json").write_text(config.replace('"lr": 0.003', '"lr": 0.004'))
+    assert "does not belong" in refused(resume, monkeypatch, capsys)  # changed by hand
+    (run / "config.json").write_text(config)
     call(resume, monkeypatch)
     assert read_log(run)[-1]["step"] == 24
 
@@ -382,7 +419,7 @@ def test_teachers_that_do_not_fit(folder, teacher, tmp_path, monkeypatch, capsys
         assert "not a finished run" in refused(flags, monkeypatch, capsys)
     other = command(folder, "x", *use, teacher, "--vocab-size", "560")
     corpora.prepare(str(folder / "text.txt"), 560, folder / "cache")  # without its bar below
-    assert "another tokenizer" in refused(other, monkeypatch, capsys)
+    assert "has another tokenizer" in refused(other, monkeypatch, capsys)
     assert not (folder / "x").exists()
 
 
@@ -402,37 +439,50 @@ def test_a_small_corpus_a_typo_and_no_run_to_equal(
     assert not (folder / "x").exists()
 
 
-def test_config_of_another_version_is_refused(folder, tmp_path, monkeypatch, capsys):
-    resume = ["train.py", "--resume", tmp_path]
-    for content in ("{", "[]", '{"flags": {"lr": 1}}'):
+def test_config_of_another_version_is_refused(folder, teacher, tmp_path, monkeypatch, capsys):
+    resume, good = ["train.py", "--resume", tmp_path], read_json(teacher / "config.json")
+    for content in ("{", "[]", '{"flags": {"lr": 1}}', '{"flags": 3}',
+                    json.dumps({**good, "starts": [1]})):
         (tmp_path / "config.json").write_text(content)
         assert "config.json is damaged" in refused(resume, monkeypatch, capsys)
-    for content in ({"flags": 3}, {"flags": {"lr": 1}}):
-        write_json(tmp_path / "config.json", content)
-        assert "or of another version of train.py" in refused(resume, monkeypatch, capsys)
+    for flags in ({"lr": 1}, {**good["flags"], "steps": "9"}, {**good["flags"], "new": 1}):
+        write_json(tmp_path / "config.json", {**good, "flags": flags})
+        assert "of another version of train.py" in refused(resume, monkeypatch, capsys)
 
 
-def test_help_comes_without_torch():
-    began = time.perf_counter()
-    out = subprocess.run([sys.executable, "-X", "importtime", "train.py", "--help"], cwd=ROOT,
-                         capture_output=True, text=True, env={**os.environ, "COLUMNS": "100"})
-    assert out.returncode == 0 and "--score-input" in out.stdout and "torch" not in out.stderr
-    assert time.perf_counter() - began < 3  # on a busy machine; a quiet one takes 0.1 s
+def test_a_home_folder_is_expanded(folder, tmp_path, monkeypatch):
+    """bash leaves the ~ of --out=~/run to us."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    flags = command(folder, "x", "--masking", "random", "--steps", "1")
+    i = flags.index("--out")
+    call([*flags[:i], *flags[i + 2:], "--out=~/run"], monkeypatch)
+    assert (tmp_path / "run" / "model.pt").exists()
 
 
-def test_tensorboard_mirrors_the_log_or_says_what_is_missing(folder, monkeypatch, capsys):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec",
-                        lambda name: None if name == "tensorboard" else find_spec(name))
-    line = refused(command(folder, "tb", "--tensorboard"), monkeypatch, capsys)
-    assert "pip install tensorboard" in line and not (folder / "tb").exists()
-    monkeypatch.undo()
-    pytest.importorskip("tensorboard")
-    call(command(folder, "tb", "--tensorboard"), monkeypatch)
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-    events = EventAccumulator(str(folder / "tb" / "tensorboard")).Reload()
-    log = read_log(folder / "tb")
-    losses = [(e.step, e.value) for e in events.Scalars("train_loss")]
-    assert losses == [(x["step"], pytest.approx(x["train_loss"])) for x in log[1:]]
-    assert events.Scalars("masked/entropy_all")[-1].value == pytest.approx(
-        log[-1]["masked"]["entropy"][1])
+@pytest.mark.parametrize("closed", ["", "1", "2"])
+def test_output_never_ends_the_work(closed, folder, tmp_path):
+    """Closed, or for a terminal that knows ASCII alone: the corpus' name is not."""
+    (tmp_path / "é.txt").write_bytes((folder / "text.txt").read_bytes())
+    flags = command(folder, f"out-{closed}", "--masking", "random", "--corpus", tmp_path / "é.txt")
+    words = " ".join(f"'{flag}'" for flag in flags)
+    script = f"exec {sys.executable} {words}" + f" {closed}>&-" * bool(closed)
+    job = spawn(["-c", f"import os; os.execlp('bash', 'bash', '-c', {script!r})"],
+                env={**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+    out = job.communicate(timeout=120)[0]
+    assert job.returncode == 0, out
+    assert (folder / f"out-{closed}" / "model.pt").exists()
+
+
+def test_variables_of_another_launcher_do_not_matter(folder):
+    job = spawn(command(folder, "left-over", "--masking", "random", "--steps", "1"),
+                env={**os.environ, "RANK": "gold", "WORLD_SIZE": ""})
+    assert "machine: 1 x" in job.communicate(timeout=120)[0] and job.returncode == 0
+
+
+def test_help_teaches_every_flag(capsys, monkeypatch):
+    with pytest.raises(SystemExit) as stop:
+        call(["train.py", "--help"], monkeypatch)
+    text = capsys.readouterr().out
+    assert stop.value.code == 0
+    for name in train.DEFAULTS:
+        assert re.search(rf"--(\[no-\])?{name.replace('_', '-')}\b", text), name

@@ -1,4 +1,4 @@
-"""Several processes on one run, on this machine's CPU.   python -m pytest tests/test_ranks.py -q
+"""Several processes on one run, on this machine's CPU.   python -m pytest tests/test_machine.py -q
 
 A run on two processes must be the run on one, to rounding, in whatever it draws and sums.
 """
@@ -9,13 +9,16 @@ import signal
 import subprocess
 import sys
 import time
+from argparse import Namespace
 
 import pytest
+import torch
 
-from data.files import load_tensors, read_json
-from data.runs import load_checkpoint, read_log
+from data.files import UserError, load_tensors
+from data.machine import Machine
+from data.runs import read_config, read_log
+from tests.helpers import ROOT, call, command, refused
 from tests.test_data import write_corpus
-from tests.test_train import ROOT, call, command, refused
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 
@@ -27,14 +30,6 @@ def folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:  # so that no later run has to prepare the corpus
         call(command(folder, "first", "--steps", "1", "--masking", "random"), patch)
     return folder
-
-
-@pytest.fixture(autouse=True)
-def restore_signals():
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
 def on_two(argv):
@@ -59,11 +54,11 @@ def test_two_processes_follow_one(folder, monkeypatch):
     jobs["self"] = on_two(flags(folder, "self-2", *own))
     call(flags(folder, "random-1", "--masking", "random"), monkeypatch)
     call(flags(folder, "self-1", *own), monkeypatch)
-    call(flags(folder, "type-1", *own[:2], "--score-input", "type", "--micro-batch", "4"),
-         monkeypatch)
+    free = (*own[:2], "--score-input", "vocabulary")
+    call(flags(folder, "vocabulary-1", *free, "--micro-batch", "4"), monkeypatch)
     out = {name: finish(job) for name, job in jobs.items()}
-    finish(on_two(flags(folder, "type-2", *own[:2], "--score-input", "type")))
-    assert "machine: 2 x cpu" in out["random"]
+    finish(on_two(flags(folder, "vocabulary-2", *free)))
+    assert "machine: 2 x " in out["random"]
     assert out["random"].count("held-out loss") == 3  # process 0 alone speaks
 
     def losses(run):
@@ -75,10 +70,11 @@ def test_two_processes_follow_one(folder, monkeypatch):
     assert max((a[name] - b[name]).abs().max() for name in a) < 1e-4
     # An entropy that rounds differently may choose another token: later steps may part.
     assert abs(losses("self-1")[0] - losses("self-2")[0]) < 1e-5
-    assert abs(losses("type-1")[3] - losses("type-2")[3]) < 1e-4
-    a, b = (load_checkpoint(folder / run)["types"] for run in ("type-1", "type-2"))
+    assert abs(losses("vocabulary-1")[3] - losses("vocabulary-2")[3]) < 1e-4
+    a, b = (load_tensors(folder / run / "checkpoint.pt")["free"]
+            for run in ("vocabulary-1", "vocabulary-2"))
     assert abs(a[1].sum() - b[1].sum()) == 0 and a[1].sum() > 0  # both saw all sightings
-    assert read_json(folder / "random-2" / "config.json")["processes"] == 2
+    assert read_config(folder / "random-2")["starts"][0]["processes"] == 2
 
 
 def test_a_run_of_one_process_goes_on_in_two(folder, monkeypatch):
@@ -111,15 +107,15 @@ def started(job, run):
     raise AssertionError(job.communicate()[0])
 
 
-def test_when_a_process_dies_the_others_end_with_a_line(folder):
+def test_when_a_process_dies_the_others_end(folder):
     run = folder / "dies"
     job = on_two(command(folder, "dies", "--masking", "random", "--steps", "100000"))
     workers, began = started(job, run), time.time()
     os.kill(workers[1], signal.SIGKILL)
     out = job.communicate(timeout=60)[0]
     assert job.returncode and time.time() - began < 60
-    assert "because another one has died" in out and not (run / "model.pt").exists()
-    assert load_checkpoint(run)["step"] >= 5
+    assert "Signal 9" in out and not (run / "model.pt").exists()  # torchrun says which died
+    assert load_tensors(run / "checkpoint.pt")["state"]["step"] >= 5
 
 
 def test_a_signal_stops_all_after_the_same_step(folder):
@@ -130,15 +126,47 @@ def test_a_signal_stops_all_after_the_same_step(folder):
     out = job.communicate(timeout=60)[0]
     assert "go on with:  python train.py --resume" in out
     step = int(out.partition("stopped after step ")[2].partition(";")[0])
-    assert load_checkpoint(run)["step"] == step
+    assert load_tensors(run / "checkpoint.pt")["state"]["step"] == step
 
 
 def test_a_batch_that_cannot_be_split_is_refused(folder, monkeypatch, capsys):
-    import data.runs
-    monkeypatch.setattr(data.runs, "WORLD", 3)
+    import train
+    monkeypatch.setattr(train, "WORLD", 3)
     line = refused(command(folder, "odd"), monkeypatch, capsys)
     assert "--batch-size 8 cannot be split evenly over 3 processes" in line
-    monkeypatch.setattr(data.runs, "WORLD", 2)
+    monkeypatch.setattr(train, "WORLD", 2)
     line = refused(command(folder, "odd", "--micro-batch", "8"), monkeypatch, capsys)
     assert "--micro-batch 8 does not divide --batch-size 8 over 2 processes" in line
     assert not (folder / "odd").exists()
+
+
+# ---- one process
+
+
+def machine(**flags):
+    return Machine(Namespace(**{"device": "cpu", "dtype": "auto", "threads": 1, **flags}))
+
+
+def test_a_cpu_keeps_float32_and_says_when_it_has_bfloat16(monkeypatch):
+    for has in (True, False):
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has, raising=False)
+        found = machine()
+        assert found.dtype == "float32" and ("bfloat16" in found.about) == has
+    assert machine(dtype="bfloat16").dtype == "bfloat16"
+    with pytest.raises(UserError, match="no GPU"):
+        machine(device="cuda")
+
+
+def test_threads_are_what_was_asked_for_or_the_cores_of_this_process(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 128)  # a large machine, of which little is ours
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
+    assert (machine(threads=0).threads, torch.get_num_threads()) == (3, 3)
+    assert (machine(threads=2).threads, torch.get_num_threads()) == (2, 2)
+    torch.set_num_threads(before)
+
+
+def test_compile_without_a_compiler_is_one_line(folder, monkeypatch, capsys):
+    monkeypatch.setenv("PATH", "/nowhere")
+    line = refused(command(folder, "compiled", "--compile"), monkeypatch, capsys)
+    assert "--compile needs a C++ compiler" in line and not (folder / "compiled").exists()
