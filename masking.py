@@ -110,6 +110,17 @@ def mix(H, noise, k):
 SELECT = {rule.__name__: rule for rule in (high, low, mid, sample, mix)}
 
 
+def rise(q):
+    """Beyond the paper, easy first: a rule that takes the entropies nearest to the share q of the
+    row's candidates, in order of entropy. train.py lets q rise from 1/4 to 3/4 (--select rise)."""
+    def rule(H, noise, k):
+        candidates = (~H.isnan()).sum(1, keepdim=True)
+        rank = H.nan_to_num(nan=torch.inf).argsort(dim=1).argsort(dim=1)  # 0: the lowest entropy
+        return (-((rank + 0.5) / candidates - q).abs()).masked_fill(H.isnan(), math.nan)
+
+    return rule
+
+
 # --------------------------------------------------------------------------------------------------
 # where to mask, and what to put there
 
@@ -118,7 +129,7 @@ def choose(tokens, k, score, select, pool, noise):
     """Decide where to mask: tokens (B, T) -> positions (B, k), in ascending order.
 
     score   function (tokens, places) -> H (B, c): a --masking function without its first arguments
-    select  a name in SELECT
+    select  a name in SELECT, or a rule of that kind
     pool    candidates are a random pool of pool * k tokens a row; 0: every token
     noise   (B, T, 5), from draw
     Special tokens are never chosen: every row must have max(1, pool) * k others.
@@ -132,7 +143,7 @@ def choose(tokens, k, score, select, pool, noise):
         places = torch.arange(1, T - 1, device=tokens.device).expand(B, -1)
     nowhere = torch.full((B, T), math.nan, device=tokens.device)
     H = nowhere.scatter(1, places, score(tokens, places)).masked_fill(~ordinary, math.nan)
-    scores = SELECT[select](H, noise, k).masked_fill(~ordinary, math.nan)
+    scores = SELECT.get(select, select)(H, noise, k).masked_fill(~ordinary, math.nan)
     return highest(scores, k, noise[..., TIES])
 
 
@@ -168,15 +179,26 @@ def mask_count(rate, T):
 # random numbers: pure functions of (seed, step, row)
 
 
-def draw(seed, step, rows, T):
+ORDER, NOISE, DROPOUT, STATIC = range(4)  # streams; the first is that of data/corpus.py
+
+
+def draw(seed, step, rows, T, stream=NOISE):
     """(rows, T, 5) uniform numbers in [0, 1), float32; row r is the same for any `rows` > r."""
-    generator = np.random.default_rng((seed, step, 1))  # 1: another stream than the data order's
+    generator = np.random.default_rng((seed, step, stream))
     return torch.from_numpy(generator.random((rows, T, 5), dtype=np.float32))
+
+
+def keep_places(noise, seed, blocks):
+    """--static: make the noise (B, T, 5) that chooses places a function of the block's number
+    instead of the step, so that a block is masked alike in every epoch. What is shown there still
+    differs. blocks (B,): the numbers in the training text. -> (B, T, 5)"""
+    fixed = torch.cat([draw(seed, int(block), 1, noise.shape[1], STATIC) for block in blocks])
+    return torch.cat((fixed[..., :WHICH], noise[..., WHICH:]), -1)
 
 
 def seed_dropout(seed, step, row):
     """Dropout draws from torch's global stream: set it for the micro-batch that begins at `row`."""
-    state = np.random.SeedSequence((seed, step, 2, row)).generate_state(1)
+    state = np.random.SeedSequence((seed, step, DROPOUT, row)).generate_state(1)
     torch.manual_seed(int(state[0]))
 
 

@@ -75,8 +75,9 @@ FLAGS = {
          "or by the model's own"),
         ("teacher", "", "path", "finished run that is asked (--masking entropy) and that teaches "
          "(--distill): the paper's external reference model"),
-        ("select", "mix", tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
-         "row's median, drawn in proportion, half highest and half random"),
+        ("select", "mix", (*masking.SELECT, "rise"), "which entropies: highest, lowest, nearest "
+         "the row's median, drawn in proportion, half highest and half random; rise: low at first, "
+         "high in the end"),
         ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "what the model that is "
          "asked reads: all candidates masked, the text as it is, or nothing (a running mean per "
          "vocabulary item)"),
@@ -84,6 +85,7 @@ FLAGS = {
          "all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),
+        ("static", False, None, "a block is masked at the same places in every epoch"),
         ("mask-rate", 0.15, "above 0 and at most 1", "share of the tokens that are masked"),
         ("mask-rate-end", None, "above 0 and at most 1", "rate at the end, reached linearly "
          "(default: constant)"),
@@ -159,6 +161,7 @@ def check_flags(args, given):
         args.mask_rate_end = args.mask_rate
     args.out = args.out or f"runs/{args.masking}-{args.seed}"
     check_ranges(args, FLAGS)
+    args.cache = os.path.abspath(args.cache)  # a run may go on in another working directory
 
     asking, teaching = args.masking != "random", args.distill != "off"
     share, rest = divmod(args.batch_size, WORLD)
@@ -269,12 +272,17 @@ def where_to_mask(args, job, step, tokens, noise):
     if not asking:
         return masking.choose_at_random(tokens, k, noise)
 
+    select = args.select
+    if select == "rise":  # a quarter to three quarters, over the steps that ask
+        first = args.init_frac * args.steps
+        select = masking.rise(0.25 + 0.5 * (step - first) / max(1, args.steps - first))
+
     def score(tokens, places):
         ask = job.free or masking.SCORE_INPUT[args.score_input]
         return masking.MASKING[args.masking](ask, job.model, job.teacher, tokens, places)
 
     with job.machine.autocast():
-        return masking.choose(tokens, k, score, args.select, args.pool, noise)
+        return masking.choose(tokens, k, score, select, args.pool, noise)
 
 
 def update(args, job, step):
@@ -282,7 +290,10 @@ def update(args, job, step):
     job.model.train()
     blocks = corpus.block_order(len(job.text.train), args.seed, step, args.batch_size)
     tokens = corpus.with_ends(job.text.train[blocks]).to(job.machine.device)  # (B, T)
-    noise = masking.draw(args.seed, step, *tokens.shape).to(job.machine.device)  # (B, T, 5)
+    noise = masking.draw(args.seed, step, *tokens.shape)  # (B, T, 5)
+    if args.static:
+        noise = masking.keep_places(noise, args.seed, blocks)
+    noise = noise.to(job.machine.device)
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
     total = 0.0
@@ -397,12 +408,15 @@ def report(args, job, state, teacher_flops, evaluating):
             job.model, job.valid, job.machine)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
-        half = args.eval_every and math.ceil(args.steps / 2 / args.eval_every) * args.eval_every
-        with job.machine.autocast():
-            line["masked"] = diagnose(
-                job.model, job.valid[:64], plan(args, state.step)[0],
-                lambda tokens, noise: where_to_mask(args, job, state.step, tokens, noise),
-                job.kinds, job.free, with_dose=state.step in (half, args.steps))
+        # What the strategy masks: some ten times a run. The dose takes a forward per token: twice.
+        tenth = max(1, round(args.steps / 10 / (args.eval_every or math.inf))) * args.eval_every
+        if state.step == args.steps or state.step % (tenth or args.steps) == 0:
+            with job.machine.autocast():
+                line["masked"] = diagnose(
+                    job.model, job.valid[:64], plan(args, state.step)[0],
+                    lambda tokens, noise: where_to_mask(args, job, state.step, tokens, noise),
+                    job.kinds, job.free, with_dose=state.step in (5 * tenth, args.steps) and
+                    state.step > 0)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
 

@@ -184,6 +184,27 @@ def test_rules_on_a_hand_made_table():
     assert {6, 9} <= set(mix) and len(set(mix)) == 4 and set(mix) <= set(range(1, 11))
 
 
+def test_rise_takes_the_entropies_around_a_share_of_their_order():
+    tokens = rows_of(1, 12)  # ten candidates, of which the entropies are in the order 0 to 9
+    H = torch.tensor([[9.0, 3, 0, 7, 1, 9, 2, 8, 5, 4, 6, 9.0]])
+    for q, ranks in ((0.0, [0, 1, 2]), (0.25, [1, 2, 3]), (0.55, [4, 5, 6]), (1.0, [7, 8, 9])):
+        chosen = M.choose(tokens, 3, table(H), M.rise(q), 0, noise_of(1, 12))
+        assert sorted(H[0, chosen[0]].tolist()) == ranks
+
+
+def test_static_keeps_the_places_of_a_block_and_not_what_is_shown():
+    blocks, other = np.array([7, 3, 5]), np.array([5, 2, 7])
+    a = M.keep_places(M.draw(1, 0, 3, T), 1, blocks)
+    b = M.keep_places(M.draw(1, 9, 3, T), 1, other)
+    places, shown = slice(0, M.WHICH), slice(M.WHICH, None)
+    assert torch.equal(a[0, :, places], b[2, :, places])  # block 7
+    assert torch.equal(a[2, :, places], b[0, :, places])  # block 5
+    assert not torch.equal(a[1, :, places], b[1, :, places])
+    assert torch.equal(a[..., shown], M.draw(1, 0, 3, T)[..., shown])
+    assert not torch.equal(a[0, :, places], M.keep_places(M.draw(2, 0, 3, T), 2, blocks)[
+        0, :, places])
+
+
 def test_the_pool_bounds_what_can_be_chosen():
     tokens, H = rows_of(200), torch.rand(200, T)
     noise = noise_of(200)

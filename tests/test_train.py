@@ -49,6 +49,7 @@ ARMS = {
     "vocabulary": ["--score-input", "vocabulary", "--select", "sample", "--init-frac", "0.2"],
     "unmasked": ["--score-input", "unmasked", "--pool", "0", "--select", "mid", "--dtype",
                  "bfloat16"],
+    "static-rise": ["--static", "--select", "rise", "--init-frac", "0.2"],
     "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
                 "--select", "high", "--dropout", "0.1"],
 }
@@ -272,6 +273,27 @@ def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
         rates |= {line["masked"]["rate"] for line in read_log(folder / f"rate-{arm}")
                   if "masked" in line}
     assert len(rates) == 1
+
+
+def test_static_masks_a_block_alike_in_every_epoch(folder, monkeypatch):
+    """Twelve blocks, four a step: the fourth step begins the second epoch."""
+    seen, choose = [], train.masking.choose
+    monkeypatch.setattr(train.masking, "choose", lambda tokens, *rest: seen.append(
+        (tokens, choose(tokens, *rest))) or seen[-1][1])
+    places = {}
+    for static in (["--static"], []):
+        seen.clear()
+        call(command(folder, f"static-{len(static)}", "--masking", "random", "--batch-size", "4",
+                     "--corpus-tokens", 12 * 32, "--steps", "6", "--eval-every", "0", *static),
+             monkeypatch)
+        epochs = {}
+        for tokens, positions in seen:
+            if len(tokens) == 4:  # an update: the others are held-out blocks
+                for row, where in zip(tokens.tolist(), positions.tolist()):
+                    epochs.setdefault(tuple(row), []).append(where)
+        assert len(epochs) == 12 and all(len(both) == 2 for both in epochs.values())
+        places[bool(static)] = [a == b for a, b in epochs.values()]
+    assert all(places[True]) and sum(places[False]) < 3
 
 
 def test_micro_batches_only_cut_the_batch_up(folder, monkeypatch):
