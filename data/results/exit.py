@@ -1,0 +1,137 @@
+"""When does a model leave the plateau? The table and the pictures of the runs of exit.sh.
+
+    python -m data.results.exit                # prints the tables, writes the pictures
+    python -m data.results.exit --keep RUN     # adds a finished run to exit.jsonl
+
+The exit is where the held-out loss crosses 0.9 x unigram entropy - 0.1 nats for good (plan.md).
+"""
+
+import argparse
+import fcntl
+import json
+import math
+import statistics
+from pathlib import Path
+
+from data.confidence import paired
+from data.files import UserError, run_script, write_atomic
+from data.plot import draw_curves, draw_differences
+from data.runs import WITHOUT_CONTEXT, read_config, read_log
+
+HERE = Path(__file__).parent
+LINES = HERE / "exit.jsonl"
+MARGIN = 0.1  # nats below what a model without context can reach
+CONTRASTS = ("high", "static", "distill")  # fixed in plan.md; Holm's correction over these
+
+
+def keep(run):
+    """Add the losses of a finished run to exit.jsonl, as one line."""
+    config, flags = read_config(run), read_config(run)["flags"]
+    entry = {"run": run.name, "arm": run.name.rpartition("-")[0], "seed": flags["seed"],
+             "steps": flags["steps"], "corpus_tokens": flags["corpus_tokens"],
+             "batch_tokens": flags["batch_size"] * flags["seq_len"],
+             "unigram_entropy": round(config["unigram_entropy"], 4), "flops": config["flops"],
+             "teacher_flops": config["teacher_flops"],
+             **{name: config["starts"][0][name] for name in ("machine", "dtype", "torch", "date")}}
+    lines = [line for line in read_log(run) if "val_loss" in line]
+    entry["loss"] = [[line["step"], round(line["val_loss"], 3)] for line in lines]
+    with open(LINES, "a") as f:
+        fcntl.flock(f, fcntl.LOCK_EX)  # two runs may end at the same time
+        f.write(json.dumps(entry) + "\n")
+
+
+def exit_step(run):
+    """The step, interpolated, from which on no evaluation is above the bound; None: not yet."""
+    bound = WITHOUT_CONTEXT * run["unigram_entropy"] - MARGIN
+    above = [i for i, (_, loss) in enumerate(run["loss"]) if not loss <= bound]
+    if above[-1] == len(run["loss"]) - 1:
+        return None
+    (s0, l0), (s1, l1) = run["loss"][above[-1]:above[-1] + 2]
+    return s0 + (s1 - s0) * (l0 - bound) / (l0 - l1)
+
+
+def holm(p):
+    """{name: p} -> {name: p corrected for the number of tests} (Holm 1979)."""
+    corrected, largest = {}, 0.0
+    for i, name in enumerate(sorted(p, key=p.get)):
+        largest = max(largest, min(1.0, (len(p) - i) * p[name]))
+        corrected[name] = largest
+    return corrected
+
+
+def print_text(runs):
+    """Random masking on the three texts: in which epoch was each left?"""
+    print("| text, tokens | exits, steps | epochs of the text by then |\n|---|---|---|")
+    for arm in sorted({run["arm"] for run in runs}, key=lambda arm: int(arm.split("-")[1])):
+        found = [(exit_step(run), run) for run in runs if run["arm"] == arm]
+        epochs = [f"{step * run['batch_tokens'] / run['corpus_tokens']:.1f}" if step else "-"
+                  for step, run in found]
+        print(f"| {int(arm.split('-')[1]):,} |", ", ".join(
+            f"{step:.0f}" if step else "not left" for step, _ in found), "|", ", ".join(epochs),
+            "|")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="RUN", help="add a finished run to exit.jsonl")
+    args = parser.parse_args()
+    if args.keep:
+        return keep(args.keep)
+    if not LINES.exists():
+        raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
+    runs = [json.loads(line) for line in LINES.read_text().splitlines()]
+    print_text([run for run in runs if run["arm"].startswith("text-")])
+    arms = {}
+    for run in runs:
+        if not run["arm"].startswith("text-"):
+            arms.setdefault(run["arm"], {})[run["seed"]] = run
+    if "random" not in arms:
+        return
+    # A run that has not left by the end of its budget counts as the budget, and is named.
+    exits = {arm: {seed: exit_step(run) or run["steps"] for seed, run in sorted(by_seed.items())}
+             for arm, by_seed in arms.items()}
+    logs = {arm: {seed: math.log(step) for seed, step in steps.items()}
+            for arm, steps in exits.items()}
+    ratios = {arm: paired(logs[arm], logs["random"]) for arm in arms if arm != "random"}
+    corrected = holm({arm: ratios[arm]["p_t"] for arm in CONTRASTS
+                      if ratios.get(arm) and ratios[arm]["p_t"] is not None})
+    print("\n| arm | seeds | exit, steps: median (range) | over random [95 %] | p of t, Holm | "
+          "sign flip (smallest) | not left | FLOPs |\n|---|---|---|---|---|---|---|---|")
+    cost = statistics.mean(run["flops"] for run in arms["random"].values())
+    for arm in sorted(arms, key=lambda arm: statistics.median(exits[arm].values())):
+        steps, ratio = sorted(exits[arm].values()), ratios.get(arm)
+        cells = [arm, str(len(steps)),
+                 f"{statistics.median(steps):.0f} ({steps[0]:.0f} to {steps[-1]:.0f})"]
+        if ratio and ratio["low"] is not None:
+            cells += [f"{math.exp(ratio['difference']):.2f} [{math.exp(ratio['low']):.2f}, "
+                      f"{math.exp(ratio['high']):.2f}]",
+                      f"{corrected[arm]:.4f}" if arm in corrected else "-",
+                      f"{ratio['p_sign_flip']:.3f} ({ratio['p_smallest']:.3f})"]
+        else:
+            cells += ["-", "-", "-"]
+        stuck = [str(seed) for seed, run in arms[arm].items() if exit_step(run) is None]
+        spent = statistics.mean(run["flops"] for run in arms[arm].values()) / cost
+        print("|", " | ".join([*cells, ", ".join(stuck) or "-", f"{spent:.2f}"]), "|")
+
+    title = "held-out loss (nats)"
+    bound = next(WITHOUT_CONTEXT * r["unigram_entropy"] - MARGIN for r in arms["random"].values())
+    curves = {arm: [[tuple(point) for point in run["loss"] if point[1] < 20]
+                    for run in by_seed.values()] for arm, by_seed in arms.items()}
+    write_atomic(HERE / "exit-curves.svg", draw_curves(
+        curves, {"exit": bound}, title, "training steps", 1).encode())
+    shifted = {}
+    for arm, by_seed in arms.items():  # 0 is the exit; a multiple of 25, as the others have it
+        for run in by_seed.values():
+            if exit_step(run):
+                at = 25 * round(exit_step(run) / 25)
+                shifted.setdefault(arm, []).append([(s - at, loss) for s, loss in run["loss"]])
+    write_atomic(HERE / "exit-shifted.svg", draw_curves(
+        shifted, {"exit": bound}, title, "training steps after the exit", 1).encode())
+    write_atomic(HERE / "exit-ratios.svg", draw_differences([(
+        "ln (exit time / exit time of random masking, same seed), 95 % intervals over seeds",
+        [(arm, r["difference"], r["low"], r["high"]) for arm, r in ratios.items() if r])]).encode())
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,68 @@
+#!/usr/bin/env bash
+# When does a model leave the plateau? The runs of plan.md, in its order. From the repository's folder:
+#
+#     CORPUS=FILE bash data/results/exit.sh text    # random masking, three texts, seeds 0 to 2
+#     CORPUS=FILE bash data/results/exit.sh arms    # all arms, on the text that `text` chose
+#     python -m data.results.exit                   # the table and the pictures
+#
+# It can be stopped at any time and started again: a finished run is kept as a line of exit.jsonl,
+# an interrupted one is resumed. JOBS runs at once, each with one thread (default 2).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+: "${CORPUS:?give the text:  CORPUS=FILE bash data/results/exit.sh text}"
+export CORPUS RUNS=${RUNS:-runs/exit} PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
+TOKENS=${TOKENS:-200000} STEPS=${STEPS:-2000}  # the text and the budget that `text` gave
+mkdir -p "$RUNS"
+
+# One line of the lists below: NAME FLAGS...
+train() {
+    local name=$1 run=$RUNS/$1
+    shift
+    if [[ $name != teacher-* ]] && grep -qs "\"run\": \"$name\"" data/results/exit.jsonl; then return; fi
+    if [ -e "$run/model.pt" ]; then :
+    elif [ -e "$run/config.json" ]; then "$PYTHON" train.py --resume "$run" >> "$run.txt" 2>&1
+    else "$PYTHON" train.py --out "$run" --corpus "$CORPUS" --threads 1 "$@" > "$run.txt" 2>&1; fi
+    if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run"; fi
+    echo "$(date +%H:%M) $name"
+}
+export -f train
+all() { xargs -P "${JOBS:-2}" -L 1 bash -c 'train "$@"' train; }
+
+shared() {  # STEPS -> the flags of all arms
+    echo "--local-start 0 --lr 3e-3 --decay-frac 0 --steps $1 --warmup-frac $(awk "BEGIN { print 200 / $1 }")" \
+        "--eval-every 25 --eval-blocks 256 --log-every 25 --checkpoint-every 500"
+}
+
+case ${1:-} in
+text)
+    for tokens in 200000 500000 1000000; do
+        for seed in 0 1 2; do
+            echo "text-$tokens-$seed --masking random --seed $seed --corpus-tokens $tokens $(shared 1000)"
+        done
+    done | all ;;
+arms)
+    # The arms of one seed follow one another, so that whatever stops, whole seeds stand.
+    for seed in $(seq 0 2) $(seq 10 18); do
+        S="--seed $seed --corpus-tokens $TOKENS $(shared "$STEPS")"
+        T="--teacher $RUNS/teacher-$((100 + seed))"
+        {
+            echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps 2441"
+            echo "random-$seed --masking random $S"
+        } | all
+        {
+            echo "high-$seed --masking entropy $T --select high $S"
+            echo "static-$seed --masking random --static $S"
+            echo "distill-$seed --masking random --distill complete $T $S"
+            if [ "$seed" -lt 3 ]; then
+                echo "low-$seed --masking entropy $T --select low $S"
+                echo "high-unmasked-$seed --masking entropy $T --select high --score-input unmasked --pool 0 $S"
+                echo "rise-$seed --masking entropy $T --select rise $S"
+                echo "random-30-$seed --masking random --mask-rate 0.3 $S"
+                echo "self-high-$seed --masking self --select high --init-frac 0 $S"
+                echo "self-unmasked-$seed --masking self --select high --score-input unmasked --pool 0 --init-frac 0 $S"
+                echo "self-unmasked-init-$seed --masking self --select high --score-input unmasked --pool 0 --init-frac 0.15 $S"
+            fi
+        } | all
+    done ;;
+*) echo "bash data/results/exit.sh text, or arms" >&2; exit 2 ;;
+esac
