@@ -296,14 +296,14 @@ def update(args, job, step):
     noise = noise.to(job.machine.device)
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
-    total = 0.0
+    total, teaching = 0.0, plan(args, step)[2]
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
         # 1. Where: the k tokens of each row about which somebody is most uncertain.
-        x, u = tokens[rows], noise[rows]
-        positions = where_to_mask(args, job, step, x, u)  # (b, k)
+        x = tokens[rows]  # (b, T)
+        positions = where_to_mask(args, job, step, x, noise[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.
-        inputs, labels = masking.corrupt(x, positions, u, job.model.shape.vocab_size), x.gather(
-            1, positions).flatten()  # (b, T), (b k,)
+        inputs = masking.corrupt(x, positions, noise[rows], job.model.shape.vocab_size)  # (b, T)
+        labels = x.gather(1, positions).flatten()  # (b k,)
         # 3. Predict these places, and these alone.
         masking.seed_dropout(args.seed, step, rows.start)
         with job.machine.autocast():
@@ -312,7 +312,7 @@ def update(args, job, step):
         loss = F.cross_entropy(logits, labels)
         total += weight * loss.detach()
         # 4. Learn from the teacher's whole distribution at the same places, too.
-        if plan(args, step)[2]:
+        if teaching:
             with torch.no_grad(), job.machine.autocast():
                 taught = job.teacher(inputs, positions).flatten(0, 1)
             loss = (1 - args.alpha) * loss + args.alpha * distillation_loss(
