@@ -13,10 +13,10 @@ def accuracy(guess, truth):
 
 
 def f1(guess, truth):
-    """F1 of class 1: 2 TP / (2 TP + FP + FN); 0 where nothing is, or is said to be, of class 1."""
-    hits = ((guess == 1) & (truth == 1)).sum().item()
-    named = (guess == 1).sum().item() + (truth == 1).sum().item()
-    return 2 * hits / named if named else 0.0
+    """F1 of class 1: 2 TP / (2 TP + FP + FN); 0 where no label and no prediction is 1."""
+    true_positives = ((guess == 1) & (truth == 1)).sum().item()
+    both = (guess == 1).sum().item() + (truth == 1).sum().item()  # 2 TP + FP + FN
+    return 2 * true_positives / both if both else 0.0
 
 
 def matthews(guess, truth):
@@ -61,17 +61,17 @@ def measure(task, outputs, devs):
     return dict(zip(task.parts, values, strict=True))
 
 
-def right_rows(task, outputs, devs):
-    """Which rows of the first development set are classified rightly: a hexadecimal number with a
-    bit per row, the first row's the lowest. "" for a regression."""
+def correct_rows(task, outputs, devs):
+    """Which rows of the first development set are classified correctly: "0" or "1" for each, in
+    their order. "" for a regression."""
     if task.labels is None:
         return ""
-    right = outputs[0].argmax(1) == torch.tensor(devs[0].labels)
-    return hex(int("".join("01"[x] for x in right.tolist()[::-1]), 2))
+    correct = outputs[0].argmax(1) == torch.tensor(devs[0].labels)
+    return "".join("01"[x] for x in correct.tolist())
 
 
-def majority(task, labels, devs):
-    """The metrics of always saying the commonest label of the training rows."""
+def majority_class(task, labels, devs):
+    """The metrics of always predicting the commonest label of the training rows."""
     constant = torch.zeros(task.outputs)
     if task.labels:
         constant[max(sorted(set(labels)), key=labels.count)] = 1

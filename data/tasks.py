@@ -6,16 +6,19 @@ labels of the test files are not public. Files come from --glue-dir DIR in the o
 (DIR/CoLA/train.tsv), or from the official archives, which are downloaded once, checked, and read in
 place: nothing is ever unpacked under a name that an archive chose.
 
+A file that is not what it should be is refused, with its line: what a spreadsheet or pandas has
+put into quote marks, a header where none belongs, more rows than GLUE has, development rows among
+the training rows. Fewer rows are allowed, and every table names them.
+
 Wang et al. 2018, "GLUE", arXiv 1804.07461.
 """
 
 import hashlib
 import math
-import os
 import sys
 import zipfile
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +45,7 @@ class Task:
     rows: tuple
     metrics: tuple = ("accuracy",)
     dev: tuple = ("dev",)
-    primary: bool = False  # is it part of the primary endpoint, with its accuracy?
+    primary: bool = False  # is its accuracy part of the primary endpoint (MNLI: the matched one)?
     averaged: bool = True  # is it part of the GLUE average?
 
     @property
@@ -74,6 +77,9 @@ TASKS = {  # in the order of GLUE's own table
     "WNLI": Task(("sentence1", "sentence2", "label"), BINARY, (635, 71), averaged=False),
 }
 
+PRIMARY = [name for name, task in TASKS.items() if task.primary]
+AVERAGED = [name for name, task in TASKS.items() if task.averaged]
+
 # Sizes and checksums as recorded by the Hugging Face and TensorFlow dataset libraries.
 GLUE = "https://dl.fbaipublicfiles.com/glue/data/"
 MSR = "https://dl.fbaipublicfiles.com/senteval/senteval_data/"
@@ -100,25 +106,40 @@ FILES = {  # task -> (address, bytes, sha256) of the files that hold it
               "ae0e8e4d16f4d46d4a0a566ec7ecceccfd3fbfaa4a7a4b4e02848c0f2561ac46")],
 }
 MAX_BYTES = 1 << 29  # of one .tsv; the largest, MNLI's training file, has 78 MB
-MALFORMED = 1e-3  # QQP's share of rows without all their columns is far below this
+# QQP alone: its share of rows without all their columns, and of the rows by which two official
+# releases differ, is far below this.
+MALFORMED = 1e-3
+# Of the official development rows 1.5 % (CoLA), 0.4 % (STS-B) or none are training rows, too.
+SHARED = 0.05
+SUBSET_SEED = 2605  # of max_train: one subset for every run, arm and seed
+QUOTED = ("its fields are in quote marks, as a spreadsheet or pandas writes them, which would be "
+          "learned: write the file without (csv.QUOTE_NONE)")
 
 
 @dataclass
 class Rows:
-    """One file: the sentences of each row (one or two), its labels, and the official row count."""
+    """One file: the sentences of each row (one or two), and its labels."""
 
     sentences: list  # of N-lists: one, or two for pairs
     labels: list  # N classes, or floats
-    official: int
+    official: int  # how many rows the official file has
+    in_file: int = 0  # how many rows this file has, of which these are all, or a subset
+    shared: int = 0  # of a development file: rows that are in the training file, too
 
     def __len__(self):
         return len(self.labels)
 
+    def subset(self, keep):
+        """The rows with these numbers."""
+        return replace(self, sentences=[[column[i] for i in keep] for column in self.sentences],
+                       labels=[self.labels[i] for i in keep])
 
-def read_task(name, glue_dir, cache):
+
+def read_task(name, glue_dir, cache, max_train=0):
     """-> (training Rows, [development Rows], sha256 of the files). UserError says what is wrong.
 
     glue_dir: a folder in the official layout; "" downloads into `cache` what is not there yet.
+    max_train: at most so many training rows, always the same ones; 0: all.
     """
     task = TASKS[name]
     digest = hashlib.sha256()
@@ -133,11 +154,22 @@ def read_task(name, glue_dir, cache):
             raise UserError(f"{label}, line {line}: not UTF-8 ({error.reason})")
 
     if name == "MRPC" and not (glue_dir and (Path(glue_dir) / "MRPC" / "train.tsv").exists()):
-        rows = split_mrpc(*get("msr_paraphrase_train.txt"), *get("dev_ids.tsv"))
+        train, *devs = split_mrpc(*get("msr_paraphrase_train.txt"), *get("dev_ids.tsv"))
     else:
-        rows = [parse(name, *get(f"{file}.tsv"), official)
-                for file, official in zip(("train", *task.dev), task.rows)]
-    return rows[0], rows[1:], digest.hexdigest()
+        train, *devs = [parse(name, *get(f"{file}.tsv"), official)
+                        for file, official in zip(("train", *task.dev), task.rows)]
+    known = set(zip(*train.sentences))
+    for file, dev in zip(task.dev, devs):
+        shared = [row for row in zip(*dev.sentences) if row in known]
+        dev.shared = len(shared)
+        if dev.shared > SHARED * len(dev):
+            raise UserError(f"{name}/{file}.tsv: {dev.shared} of its {len(dev)} rows are in the "
+                            f"training file, too, for example {shared[0][0][:60]!r}: a model would "
+                            "be scored on what it has learned; give GLUE's own files")
+    if max_train:
+        rng = np.random.default_rng(SUBSET_SEED)
+        train = train.subset(rng.permutation(len(train))[:max_train])
+    return train, devs, digest.hexdigest()
 
 
 def fetch(task, file, glue_dir, cache):
@@ -189,29 +221,25 @@ def split_mrpc(label, text, ids_label, ids_text):
     if len(wanted) != sum(pair in wanted for pair in pairs) or not 0 < len(wanted) < len(rows):
         raise UserError(f"{ids_label} names {len(wanted)} pairs for the development set, of which "
                         f"{label} has {sum(pair in wanted for pair in pairs)}")
-    parts = []
-    for is_dev, official in enumerate(TASKS["MRPC"].rows):
-        keep = [i for i, pair in enumerate(pairs) if (pair in wanted) == is_dev]
-        parts.append(Rows([[column[i] for i in keep] for column in rows.sentences],
-                          [rows.labels[i] for i in keep], official))
-    return parts
+    parts = [[i for i, pair in enumerate(pairs) if (pair in wanted) == is_dev]
+             for is_dev in (False, True)]
+    return [replace(rows.subset(keep), official=official, in_file=len(keep))
+            for keep, official in zip(parts, TASKS["MRPC"].rows)]
 
 
 def parse(name, label, text, official):
     """A .tsv file -> Rows. `label` names it in messages: file, line, what was expected."""
     task, lines = TASKS[name], split_lines(text)
-    first = 0
-    if isinstance(task.columns[0], str):  # there is a header
+    columns, width, first = task.columns, 4, 0  # CoLA has no header
+    if isinstance(columns[0], str):
         header = lines[0].split("\t") if lines else []
-        if missing := [c for c in task.columns if c not in header]:
-            raise UserError(f"{label}, line 1: a header with {', '.join(task.columns)} was "
-                            f"expected, and {', '.join(missing)} is not there")
-        columns, width, first = [header.index(c) for c in task.columns], len(header), 1
-    else:
-        columns, width = task.columns, 4
-    if len(lines) == first:
-        raise UserError(f"{label} has no rows")
-    rows, malformed = [], 0
+        if missing := [column for column in columns if column not in header]:
+            hint = f": {QUOTED}" if any(map(is_quoted, header)) else ""
+            raise UserError(f"{label}, line 1: a header with {', '.join(columns)} was expected, "
+                            f"and {', '.join(missing)} is not in "
+                            f"{', '.join(header)[:200]!r}{hint}")
+        columns, width, first = [header.index(column) for column in columns], len(header), 1
+    rows, numbers, malformed = [], [], 0
     for number, line in enumerate(lines[first:], first + 1):
         fields = line.split("\t")
         if len(fields) != width:
@@ -220,14 +248,41 @@ def parse(name, label, text, official):
                 continue
             raise UserError(f"{label}, line {number}: {width} tab-separated columns were "
                             f"expected, not {len(fields)}")
+        if not first and fields == ["0", "1", "2", "3"]:  # pandas numbers columns without names
+            raise UserError(f"{label}, line {number} is a header, where none belongs: remove it")
         *sentences, value = (fields[c] for c in columns)
         rows.append((*sentences, read_label(task, value, f"{label}, line {number}")))
+        numbers.append(number)
     if malformed:
         print(f"{label}: {malformed} malformed rows left out", file=sys.stderr)
     if not rows:
         raise UserError(f"{label} has no rows")
-    *sentences, labels = zip(*rows)
-    return Rows(list(map(list, sentences)), list(labels), official)
+    *sentences, labels = map(list, zip(*rows))
+    refuse_quoted(name, label, sentences, numbers)
+    if official and len(rows) > official * (1 + MALFORMED * (name == "QQP")):
+        raise UserError(f"{label} has {len(rows)} rows, and GLUE's own file {official}: give the "
+                        "official file, or fewer of its rows")
+    return Rows(sentences, labels, official, in_file=len(labels))
+
+
+def is_quoted(field):
+    """Is it as a spreadsheet or pandas writes a field: in quote marks, those inside doubled?"""
+    return len(field) > 1 and field[0] == field[-1] == '"' and (
+        '"' not in field[1:-1].replace('""', ""))
+
+
+def refuse_quoted(name, label, sentences, numbers):
+    """UserError where most fields that hold a comma, or a quote mark, are quoted for it.
+
+    In official files at most one in ten is, by its author. QQP's are quoted as pandas would, for
+    a quote mark and not for a comma, in all their releases: this is what everybody trains on.
+    """
+    for mark in ',' if name == "QQP" else ',"':
+        fields = [(number, field) for column in sentences
+                  for number, field in zip(numbers, column) if mark in field]
+        quoted = [number for number, field in fields if is_quoted(field)]
+        if len(quoted) > max(2, len(fields) / 2):
+            raise UserError(f"{label}, line {min(quoted)}: {QUOTED}")
 
 
 def read_label(task, value, where):
@@ -244,8 +299,14 @@ def read_label(task, value, where):
         return task.labels[value]
     else:
         expected = " or ".join(task.labels)
-    hidden = ": these rows have no labels, as in a test file" if value in ("-1", "-1.0") else ""
-    raise UserError(f"{where}: the label {expected} was expected, not {value[:40]!r}{hidden}")
+    hint = ""
+    if value in ("-1", "-1.0"):
+        hint = ": these rows have no labels, as in a test file"
+    elif is_quoted(value):
+        hint = f": {QUOTED}"
+    elif "label" in value.lower() or value == task.columns[-1]:
+        hint = ": this line is a header, where none belongs"
+    raise UserError(f"{where}: the label {expected} was expected, not {value[:40]!r}{hint}")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -254,13 +315,13 @@ def read_label(task, value, where):
 POOL_BATCHES = 50  # batches that are sorted by length together: little padding, still random
 
 
-def encode_rows(tokenizer, sentences, max_len):
+def encode_rows(tokenizer, sentences, max_len, threads=1):
     """N rows of one or two sentences -> [(ids, length of the first part)], N of them.
 
     [CLS] a [SEP] or [CLS] a [SEP] b [SEP], uint16. What is too long for max_len loses tokens from
     the end of the longer sentence; the [SEP]s stay.
     """
-    encoded = [tokenizer.encode(column, threads=os.cpu_count()) for column in sentences]
+    encoded = [tokenizer.encode(column, threads=threads) for column in sentences]
     rows = []
     for a, *b in zip(*encoded):
         room = max_len - 2 - len(b)
@@ -274,9 +335,9 @@ def encode_rows(tokenizer, sentences, max_len):
     return rows
 
 
-def batches(lengths, batch_size, stream, epoch):
+def batches(lengths, batch_size, seed, epoch):
     """Lists of row numbers: every row once, in batches of similar length, in random order."""
-    rng = np.random.default_rng((stream, epoch))
+    rng = np.random.default_rng((seed, epoch))
     order, size = rng.permutation(len(lengths)), batch_size * POOL_BATCHES
     found = []
     for pool in np.split(order, range(size, len(order), size)):

@@ -10,8 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from data import compare as C
-from data import confidence
 from data import metrics as m
 from data import tasks as G
 from data.files import UserError
@@ -47,15 +45,17 @@ def line(task, file, a, b, label):
     }.get(task, f"0\t{a}\t{b}\t{label}")
 
 
-def write_task(folder, task, sentences, n_dev=None):
-    """A task in the official layout: rows (a, b, label) in train.tsv, again in the dev files."""
+def write_task(folder, task, sentences, n_dev=None, dev=None):
+    """A task in the official layout: rows (a, b, label) in train.tsv; the development files have
+    rows of their own, or the same sentences with one word more."""
+    dev = dev or [(f"{a} indeed", b, label) for a, b, label in sentences[:n_dev]]
     (folder / task).mkdir(parents=True, exist_ok=True)
     for file in ("train", *G.TASKS[task].dev):
         header = HEADERS.get(task)
         if task == "MNLI":
             header = MNLI + ("gold_label" if file == "train" else
                              "label2\tlabel3\tlabel4\tlabel5\tgold_label")
-        rows = sentences if file == "train" else sentences[:n_dev]
+        rows = sentences if file == "train" else dev
         lines = ([header] if header else []) + [line(task, file, *row) for row in rows]
         (folder / task / f"{file}.tsv").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
@@ -69,9 +69,9 @@ def test_every_task_is_read_from_the_official_layout(task, tmp_path):
     write_task(tmp_path, task, [(a, b, labels[y]) for a, b, y in ROWS])
     train, devs, sha256 = G.read_task(task, tmp_path, "")
     assert len(devs) == len(G.TASKS[task].dev) and len(sha256) == 64
-    for part in (train, *devs):
+    for part, more in ((train, ""), *((dev, " indeed") for dev in devs)):
         assert [list(row) for row in zip(*part.sentences)] == [
-            [a, b][:len(part.sentences)] for a, b, _ in ROWS]
+            [a + more, b][:len(part.sentences)] for a, b, _ in ROWS]
         wanted = {"STS-B": [0.0, 3.8, 0.0], "MNLI": [2, 1, 2]}.get(task, [0, 1, 0])
         assert part.labels == wanted
     assert len(train.sentences) == (1 if task in ("CoLA", "SST-2") else 2)
@@ -82,8 +82,6 @@ def test_labels_map_by_name():
     entailment = {"entailment": 0, "not_entailment": 1}
     assert G.TASKS["RTE"].labels == entailment == G.TASKS["QNLI"].labels
     assert [G.TASKS[t].outputs for t in G.TASKS] == [2, 2, 2, 1, 2, 3, 2, 2, 2]
-    assert C.PRIMARY == ["SST-2", "QQP", "MNLI", "QNLI"]
-    assert C.AVERAGED == ["CoLA", "SST-2", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE"]
 
 
 def test_mrpc_from_the_original_release(tmp_path):
@@ -97,26 +95,50 @@ def test_mrpc_from_the_original_release(tmp_path):
     assert dev.sentences[0] == ["sentence 1", "sentence 4"] and dev.labels == [1, 0]
     assert train.sentences[1] == ["other 0", "other 2", "other 3", "other 5"]
     assert train.labels == [0, 0, 1, 1] and (train.official, dev.official) == (3668, 408)
+    assert (train.in_file, dev.in_file) == (4, 2)
     ids.write_text("4\t104\n1\t999\n")
     with pytest.raises(UserError, match="names 2 pairs .* has 1"):
         G.read_task("MRPC", tmp_path, "")
 
 
+STS_B = HEADERS["STS-B"] + "\n"
 BAD = {  # what is wrong -> (task, text of train.tsv, the message)
-    "header": ("SST-2", "text\tlabel\nx\t1\n", "line 1: a header .* sentence is not there"),
+    "header": ("SST-2", "text\tlabel\nx\t1\n",
+               "line 1: a header .* sentence is not in 'text, label'"),
     "columns": ("SST-2", "sentence\tlabel\nfine\t1\nnot fine\n", "line 3: 2 tab-sep.* not 1"),
     "cola": ("CoLA", "gj04\t1\t\n", "line 1: 4 tab-separated columns were expected, not 3"),
     "label": ("RTE", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n",
               "line 2: the label entailment or not_entailment was expected, not 'maybe'"),
     "unlabelled": ("SST-2", "sentence\tlabel\nfine\t-1\n", "line 2.*have no labels"),
-    "test file": ("SST-2", "index\tsentence\n0\tx\n", "line 1: .*label is not there"),
-    "score": ("STS-B", HEADERS["STS-B"] + "\n" + line("STS-B", "train", "a", "b", "nan"),
+    "test file": ("SST-2", "index\tsentence\n0\tx\n", "line 1: .*label is not in"),
+    "score": ("STS-B", STS_B + line("STS-B", "train", "a", "b", "nan"),
               "line 2: the label a number from 0 to 5"),
-    "range": ("STS-B", HEADERS["STS-B"] + "\n" + line("STS-B", "train", "a", "b", "5.1"),
+    "range": ("STS-B", STS_B + line("STS-B", "train", "a", "b", "5.1"),
               "line 2: the label a number from 0 to 5"),
     "empty": ("SST-2", "", "line 1: a header"),
     "no rows": ("SST-2", "sentence\tlabel\n", "has no rows"),
     "bytes": ("SST-2", b"sentence\tlabel\nfine\t1\n\xff\xfe\t1\n", "line 3: not UTF-8"),
+    # What people's own copies have been through.
+    "a header for CoLA": ("CoLA", "source\tlabel\tmark\tsentence\ng\t1\t\ta b\n",
+                          "line 1: .* is a header, where none"),
+    "pandas' header": ("CoLA", "0\t1\t2\t3\ng\t1\t\ta b\n", "line 1 is a header, where"),
+    "pandas' index": ("CoLA", "0\tg\t1\t\ta b\n", "line 1: 4 tab-separated columns .* not 5"),
+    "two files in one": ("SST-2", "sentence\tlabel\na\t1\nsentence\tlabel\nb\t1\n",
+                         "line 3: .* is a header, where none belongs"),
+    "MNLI's twice": ("MNLI", (MNLI + "gold_label\n") * 2, "line 2: .* is a header"),
+    "all is quoted": ("SST-2", '"sentence"\t"label"\n"a"\t"1"\n',
+                      "line 1: a header .* in quote marks, as a spreadsheet .*QUOTE_NONE"),
+    "labels are quoted": ("CoLA", '"g"\t"1"\t""\t"a b"\n', "line 1.* in quote marks"),
+    "a spreadsheet's commas": ("CoLA", 'g\t1\t\tno comma\n' + 'g\t1\t\t"a, b."\n' * 3,
+                               "line 2: its fields are in quote marks"),
+    "pandas' quote marks": (
+        "RTE", "index\tsentence1\tsentence2\tlabel\n0\ta, b\tc\tentailment\n"
+        + '0\tb\t"He said ""yes"" to it."\tentailment\n' * 3, "line 3: its fields are in quote"),
+    "QQP in a spreadsheet": (
+        "QQP", HEADERS["QQP"] + "\n" + '1\t2\t3\t"a, b?"\tc?\t1\n' * 3,
+        "line 2: its fields are in quote"),
+    "too many rows": ("WNLI", HEADERS["WNLI"] + "\n" + "0\ta\tb\t1\n" * 636,
+                      "has 636 rows, and GLUE's own file 635"),
 }
 
 
@@ -128,6 +150,37 @@ def test_a_wrong_file_is_named_with_its_line(what, tmp_path):
     (tmp_path / task / "train.tsv").write_bytes(data)
     with pytest.raises(UserError, match=message):
         G.read_task(task, tmp_path, "")
+
+
+def test_development_rows_in_the_training_file_are_refused_or_counted(tmp_path):
+    rows = [(f"a {i}", f"b {i}", "1") for i in range(60)]
+    write_task(tmp_path, "MRPC", rows, dev=rows[40:])
+    with pytest.raises(UserError, match="MRPC/dev.tsv: 20 of its 20 rows are in.* 'a 40'"):
+        G.read_task("MRPC", tmp_path, "")
+    # The official files of CoLA and STS-B share a few.
+    write_task(tmp_path, "MRPC", rows, dev=[rows[0], *((a, "c", "0") for a, _, _ in rows[:39])])
+    _, (dev,), _ = G.read_task("MRPC", tmp_path, "")
+    assert dev.shared == 1
+
+
+def test_quote_marks_of_the_official_files_are_not_a_spreadsheet_s(tmp_path):
+    """Sentences that are quotations, and QQP, which is quoted where there is a quote mark."""
+    rows = [('"It is late, I go."', "He went, as he said.", "1")] * 3
+    write_task(tmp_path, "MRPC", rows + [('The "thing", he said', "a, b", "0")] * 3)
+    train, _, _ = G.read_task("MRPC", tmp_path, "")
+    assert train.sentences[0][0] == '"It is late, I go."'
+    write_task(tmp_path, "QQP", [('"What is ""it""?"', "What, then, is it?", "1")] * 9)
+    assert len(G.read_task("QQP", tmp_path, "")[0]) == 9
+
+
+def test_a_subset_of_the_training_rows_is_always_the_same(tmp_path):
+    rows = [(f"a {i}", f"b {i}", "01"[i % 2]) for i in range(50)]
+    write_task(tmp_path, "WNLI", rows)
+    train, (dev,), sha256 = G.read_task("WNLI", tmp_path, "", max_train=20)
+    assert (len(train), train.in_file, len(dev), dev.in_file) == (20, 50, 50, 50)
+    fewer, _, _ = G.read_task("WNLI", tmp_path, "", max_train=10)
+    assert len(set(train.sentences[0])) == 20 and fewer.sentences[0] == train.sentences[0][:10]
+    assert all(int(a.split()[1]) % 2 == y for a, y in zip(train.sentences[0], train.labels))
 
 
 def test_a_missing_file_says_what_belongs_there(tmp_path):
@@ -173,11 +226,13 @@ def server():
 
 
 SST = b"sentence\tlabel\nfine\t1\nbad\t0\n"
+SST_DEV = SST.replace(b"fine", b"very fine").replace(b"bad", b"very bad")
 
 
 def test_an_archive_is_downloaded_once_and_read_in_place(server, tmp_path, monkeypatch, capsys):
     evil = {"../evil.tsv": b"x", "/tmp/evil.tsv": b"x", "SST-2/../../evil.tsv": b"x"}
-    data = archive(**{"SST-2/train.tsv": SST, "SST-2/dev.tsv": SST, "SST-2/test.tsv": b"", **evil})
+    data = archive(**{"SST-2/train.tsv": SST, "SST-2/dev.tsv": SST_DEV, "SST-2/test.tsv": b""},
+                   **evil)
     offer(monkeypatch, server, "SST-2", {"SST-2.zip": data})
     for _ in range(2):
         train, (dev,), _ = G.read_task("SST-2", "", tmp_path / "cache")
@@ -282,12 +337,15 @@ def test_metrics_by_hand():
     assert m.mean_ranks(torch.tensor([7.0, 1, 7, 7, 0])).tolist() == [4, 2, 4, 4, 1]
 
 
-def test_right_rows_have_a_bit_per_row_the_first_lowest():
+def test_which_rows_are_correct_and_what_the_majority_scores():
     sst2, dev = G.TASKS["SST-2"], SimpleNamespace(labels=[1, 0, 0, 1, 1])
-    outputs = torch.tensor([[0., 1], [0, 1], [1, 0], [0, 1], [1, 0]])  # guesses 1, 1, 0, 1, 0
-    assert m.right_rows(sst2, [outputs], [dev]) == hex(0b01101)
-    assert m.right_rows(sst2, [-outputs], [dev]) == hex(0b10010)
-    assert m.right_rows(G.TASKS["STS-B"], [outputs[:, :1]], [dev]) == ""
+    outputs = torch.tensor([[0., 1], [0, 1], [1, 0], [0, 1], [1, 0]])  # predictions 1, 1, 0, 1, 0
+    assert m.correct_rows(sst2, [outputs], [dev]) == "10110"
+    assert m.correct_rows(sst2, [-outputs], [dev]) == "01001"
+    assert m.correct_rows(G.TASKS["STS-B"], [outputs[:, :1]], [dev]) == ""
+    dev = G.Rows([], [1, 0, 0, 1, 1], 5)
+    assert m.majority_class(sst2, [0, 1, 1], [dev]) == {"accuracy": 60}
+    assert m.majority_class(G.TASKS["MRPC"], [0, 0, 1], [dev]) == {"accuracy": 40, "f1": 0}
 
 
 def test_metrics_are_exact_in_float64():
@@ -328,4 +386,3 @@ def test_metrics_agree_with_scikit_learn_and_scipy_where_they_are():
         tx, ty = torch.tensor(x), torch.tensor(y)
         assert m.spearman(tx, ty) == pytest.approx(stats.spearmanr(x, y)[0])
         assert m.pearson(tx, ty) == pytest.approx(stats.pearsonr(x, y)[0])
-    assert confidence.t_factor(7) == pytest.approx(stats.t.ppf(0.975, 7))
