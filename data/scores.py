@@ -1,0 +1,449 @@
+"""Scores of models -> tables in which arms are compared seed by seed.
+
+An arm is a name: runs/self-high-0 and runs/self-high-1 are runs of the arm self-high, which must
+agree in every flag of the experiment. Two arms are paired by pretraining seed: runs of one seed
+share initial weights, order of the text and fine-tuning seeds. Random weights are an arm like every
+other, of what the runs were before their first update.
+
+A score is in points: 100 times a metric, or the mean of a task's metrics.
+"""
+
+import json
+import math
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from data.confidence import paired
+from data.files import UserError, read_json, write_json
+from data.runs import WITHOUT_CONTEXT
+from data.tasks import AVERAGED, PRIMARY, TASKS
+
+RANDOM_WEIGHTS = "random weights"
+# The two numbers by which arms are compared: the mean accuracy on the four large tasks, where
+# errors are small, and GLUE's average.
+ACCURACY = {task: f"{task} {'matched' if task == 'MNLI' else 'accuracy'}" for task in PRIMARY}
+ENDPOINTS = {"primary": list(ACCURACY.values()), "GLUE (8)": AVERAGED}
+RATE_NAMES = {"lr", "embedding_lr"}  # of a recipe: random weights have their own
+MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-frac", "--static"}
+WHERE = ("machine", "device", "dtype", "torch")  # numbers depend on these
+PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context
+
+
+@dataclass
+class Pretraining:
+    """How a run was made, as far as a table tells it."""
+
+    experiment: dict  # flag -> value; of a path what it stands for, see open_run of glue.py
+    start: dict  # machine, device, dtype and torch of its last start
+    tokens: int
+    flops: int
+    teacher_flops: int  # of the training of its teacher
+    seconds: float
+    margin: float  # nats by which its held-out loss is below what needs no context
+
+
+@dataclass
+class Model:
+    """Weights to fine-tune: of a finished run, or random (then `pretraining` is None)."""
+
+    arm: str
+    seed: int  # of pretraining
+    folder: Path  # glue.json is here
+    sha256: str  # of the weights: a score belongs to them
+    shape: object
+    tokenizer: object
+    pretraining: Pretraining | None = None
+    scores: list = field(default_factory=list)  # entries of glue.json that a table shall show
+
+
+# --------------------------------------------------------------------------------------------------
+# glue.json
+
+SCORE = {"task": str, "seed": int, "recipe": dict, "data": str, "model": str, "score": float,
+         "parts": dict, "majority": dict, "correct": str, "trained_on": int, "rows": list,
+         "official": list, "shared": list, "machine": str, "device": str, "dtype": str,
+         "torch": str}
+
+
+def is_score(entry):
+    """Is this an entry that glue.py writes?"""
+    try:
+        task = TASKS[entry["task"]]
+        values = [entry["score"], *entry["parts"].values(), *entry["majority"].values()]
+        return (all(isinstance(entry[name], kind) for name, kind in SCORE.items())
+                and all(math.isfinite(value) for value in values)
+                and set(entry["parts"]) == set(entry["majority"]) == set(task.parts)
+                and len(entry["rows"]) == len(entry["official"]) == 1 + len(task.dev)
+                and len(entry["shared"]) == len(task.dev)
+                and min(*entry["rows"], *entry["official"]) > 0 <= min(entry["shared"])
+                and len(entry["correct"]) == (entry["rows"][1] if task.primary else 0)
+                and not set(entry["correct"]) - set("01"))
+    except (LookupError, TypeError, AttributeError):
+        return False
+
+
+def read_scores(folder, sha256):
+    """Read the scores in a folder's glue.json that belong to weights with this hash -> dicts.
+    UserError if the file is damaged."""
+    path = Path(folder) / "glue.json"
+    if not path.exists():
+        return []
+    entries = read_json(path).get("scores")
+    if not isinstance(entries, list) or not all(map(is_score, entries)):
+        raise UserError(f"{path} is damaged, or of another version: move it away, and its scores "
+                        "are computed again")
+    return [entry for entry in entries if entry["model"] == sha256]
+
+
+def add_score(folder, entry):
+    """Add an entry to glue.json. All that is there, also for another recipe, stays."""
+    path = Path(folder) / "glue.json"
+    entries = read_json(path)["scores"] if path.exists() else []
+    write_json(path, {"scores": [*entries, entry]})
+
+
+def where(record):
+    """What two runs or two scores must share to be compared."""
+    return {name: record.get(name) for name in WHERE}
+
+
+# --------------------------------------------------------------------------------------------------
+# arms
+
+
+def group_arms(models):
+    """-> {arm: [its models]}. UserError where two have one seed, or differ in the experiment."""
+    arms = {}
+    for model in models:
+        for other in arms.setdefault(model.arm, []):
+            both, new_name = f"{other.folder} and {model.folder}", f"{model.arm}-b-{model.seed}"
+            if other.seed == model.seed:
+                raise UserError(f"{both} are both the arm {model.arm} with seed {model.seed}: give "
+                                f"one of them, or rename one, for example {new_name}")
+            for flag, (a, b) in differing(other, model).items():
+                raise UserError(
+                    f"{both} are by their names one arm, {model.arm}, but differ in {flag} "
+                    f"({str(a)[:40]}, {str(b)[:40]}): rename the runs of one kind, for example "
+                    f"{new_name}")
+        arms[model.arm].append(model)
+    return arms
+
+
+def differing(model, other):
+    """The flags of the experiment in which two runs differ -> {flag: (one value, the other)}."""
+    if model.pretraining is None or other.pretraining is None:
+        return {}
+    a, b = model.pretraining.experiment, other.pretraining.experiment
+    return {"--" + name.replace("_", "-"): (a[name], b.get(name))
+            for name in a if a[name] != b.get(name)}
+
+
+def measures(entries):
+    """The scores of one model -> {what: points}: tasks, their parts, and the endpoints that are
+    complete. Fine-tuning seeds are averaged."""
+    values = {}
+    for task in TASKS:
+        of_task = [e for e in entries if e["task"] == task]
+        if of_task:
+            values[task] = statistics.fmean(e["score"] for e in of_task)
+            for part in TASKS[task].parts:
+                values[f"{task} {part}"] = statistics.fmean(e["parts"][part] for e in of_task)
+    for end, parts in ENDPOINTS.items():
+        if all(part in values for part in parts):
+            values[end] = statistics.fmean(values[part] for part in parts)
+    return values
+
+
+def make_row(name, models):
+    """Models of one arm -> its row: mean and standard deviation over pretraining seeds."""
+    by_seed = {}
+    for model in models:
+        for what, value in measures(model.scores).items():
+            by_seed.setdefault(what, {})[model.seed] = value
+    row = {"name": name, "seeds": [model.seed for model in models], "scores": {
+        what: {"mean": statistics.fmean(seeds.values()), "seeds": seeds,
+               "sd": statistics.stdev(seeds.values()) if len(seeds) > 1 else None}
+        for what, seeds in by_seed.items()}}
+    if made := [model.pretraining for model in models if model.pretraining]:
+        row |= {"flags": made[0].experiment, "tokens": made[0].tokens,
+                "flops": statistics.fmean(p.flops for p in made),
+                "flops_with_teacher": statistics.fmean(p.flops + p.teacher_flops for p in made),
+                "seconds": statistics.fmean(p.seconds for p in made)}
+    return row
+
+
+def row_error(ours, theirs, tasks):
+    """Standard error, over development rows, of the difference in the mean accuracy of `tasks`
+    between two groups of models, in points.
+
+    Both answer the same rows, many of which both get right, so what varies is the difference row by
+    row, of shares over all seeds.
+    """
+    variance = 0.0
+    for task in tasks:
+        ours_right, theirs_right = (np.mean([
+            np.frombuffer(e["correct"].encode(), np.uint8) == ord("1")
+            for m in models for e in m.scores if e["task"] == task
+        ], axis=0) for models in (ours, theirs))  # (rows,) shares
+        variance += np.var(ours_right - theirs_right) / len(ours_right)
+    return 100 * math.sqrt(variance) / len(tasks)
+
+
+def compare(arms, rows, ours, theirs, what):
+    """paired() for two arms; where it is an accuracy of large tasks, with the standard error over
+    rows, and the joint one: another sample of development rows would give another difference, and
+    so would one of pretraining seeds. sqrt(rows^2 + seeds^2)."""
+    result = paired(*(rows[arm]["scores"][what]["seeds"] for arm in (ours, theirs)))
+    tasks = [task for task in PRIMARY if what in ("primary", ACCURACY[task])]
+    if result and tasks:
+        groups = [[m for m in arms[arm] if m.seed in result["seeds"]] for arm in (ours, theirs)]
+        over_rows, over_seeds = row_error(*groups, tasks), result["seed_error"]
+        result |= {"row_error": over_rows, "joint_error": None if over_seeds is None
+                   else math.hypot(over_rows, over_seeds)}
+    return result
+
+
+def does_pretraining_pay(arms, rows, baseline):
+    """Is the baseline better than random weights by more than two joint errors, and on no task of
+    the four worse by as much? Only where it is can two ways of pretraining be told apart.
+    -> {"pays": True, False, or None where it cannot be said, and the numbers, or why}"""
+    if not all("primary" in rows.get(arm, {"scores": ()})["scores"]
+               for arm in (baseline, RANDOM_WEIGHTS)):
+        return {"pays": None, "why": f"it takes scores of {baseline} and of random weights on "
+                                     f"{', '.join(PRIMARY)}"}
+    gain, *by_task = [compare(arms, rows, baseline, RANDOM_WEIGHTS, what)
+                      for what in ("primary", *ACCURACY.values())]
+    if gain is None or gain["joint_error"] is None:
+        return {"pays": None, "why": "it takes two pretraining seeds"}
+    pays = gain["difference"] > 2 * gain["joint_error"] and all(
+        c["difference"] >= -2 * c["joint_error"] for c in by_task)
+    return {"pays": pays, "gain": gain, "tasks": dict(zip(PRIMARY, by_task))}
+
+
+# --------------------------------------------------------------------------------------------------
+# tables
+
+
+def make_tables(models, baseline):
+    """Models with their scores -> a table, a dict that JSON can hold, for every shape, tokenizer
+    and recipe of the runs among them."""
+    groups = {}
+    for model in models:
+        for recipe in dict.fromkeys(json.dumps(e["recipe"]) for e in model.scores):
+            if model.pretraining:
+                groups.setdefault((model.shape, model.tokenizer.sha256, recipe), []).append(model)
+    tables = []
+    for (shape, sha256, recipe), runs in groups.items():
+        weights = [m for m in models if m.pretraining is None
+                   and (m.shape, m.tokenizer.sha256) == (shape, sha256)]
+        tables.append(make_table([*weights, *runs], json.loads(recipe), baseline))
+    return tables
+
+
+def make_table(models, recipe, baseline):
+    """Models of one shape and tokenizer -> the table of their scores by this recipe."""
+    models, notes = select_scores(models, recipe)
+    arms = group_arms([model for model in models if model.scores])
+    rows = {arm: make_row(arm, members) for arm, members in arms.items()}
+    examples = {e["task"]: e for model in models for e in model.scores}
+    base = rows.get(baseline)
+    ends = [end for end in ENDPOINTS if base and end in base["scores"]] or examples
+    for arm, row in rows.items():
+        if base and row is not base:
+            row["against"] = {what: compare(arms, rows, arm, baseline, what) for what in ends
+                              if what in row["scores"] and what in base["scores"]}
+            notes += notes_on_pair(arm, baseline, arms)
+    majority = Model("majority class", 0, None, "", None, None, scores=[
+        {**e, "parts": e["majority"], "score": statistics.fmean(e["majority"].values())}
+        for e in examples.values()])
+    runs = [model for model in models if model.pretraining]
+    shape, tokens = runs[0].shape, sorted({run.pretraining.tokens for run in runs})
+    return {
+        "title": f"{shape.layers} layers of width {shape.width}, {shape.vocab_size} pieces, "
+                 f"{' or '.join(f'{n / 1e6:.1f}' for n in tokens)} million tokens",
+        "recipe": recipe, "baseline": baseline if base else None,
+        "fine_tuning_seeds": {task: sorted({e["seed"] for m in models for e in m.scores
+                                            if e["task"] == task}) for task in examples},
+        "rows": [make_row(majority.arm, [majority]), *rows.values()],
+        "pretraining_pays": does_pretraining_pay(arms, rows, baseline),
+        "notes": notes + notes_on_rows(examples) + notes_on_runs(arms, rows),
+    }
+
+
+def select_scores(models, recipe):
+    """-> the models with the scores alone that may stand in one table, and notes on the others.
+
+    They are by this recipe (random weights have their own rates), and of every task on the same
+    rows and with the fine-tuning seeds that all have. Of two that differ in the machine: the later.
+    """
+    def is_right(model, entry):
+        rates = set() if model.pretraining else RATE_NAMES
+        return all(entry["recipe"].get(k) == v for k, v in recipe.items() if k not in rates)
+
+    notes, kept = [], [{} for _ in models]
+    for task in TASKS:
+        entries = [[e for e in model.scores if e["task"] == task and is_right(model, e)]
+                   for model in models]
+        rows = Counter(e["data"] for m, es in zip(models, entries) for e in es if m.pretraining)
+        common, _ = max(rows.items(), key=lambda item: item[1], default=("", 0))
+        entries = [[e for e in es if e["data"] == common] for es in entries]
+        seeds = [{e["seed"] for e in es} for es in entries if es]
+        for es, of_model in zip(entries, kept):
+            of_model |= {(task, e["seed"]): e for e in es if all(e["seed"] in s for s in seeds)}
+        if len(rows) > 1 or any(s != seeds[0] for s in seeds):
+            notes.append(f"{task}: left out are scores on other rows, or with fine-tuning seeds "
+                         "that not all models have")
+    return [replace(model, scores=list(of_model.values()))
+            for model, of_model in zip(models, kept)], notes
+
+
+def notes_on_pair(arm, baseline, arms):
+    """In which flags beside those of the masking two arms differ, and in which machines."""
+    ours, theirs = arms[arm], arms[baseline]
+    flags = set(differing(ours[0], theirs[0])) - MASKING_FLAGS
+    if ours[0].pretraining and ours[0].pretraining.experiment["distill"] == "off":
+        flags -= {"--teacher"}  # it only scores: that is the masking
+    notes = [f"{arm} and {baseline} differ in more than the masking: {', '.join(sorted(flags))}"
+             ] if flags else []
+    seeds = {}  # in what they differ -> where
+    for a, b in ((a, b) for a in ours for b in theirs if a.seed == b.seed):
+        starts = [[m.pretraining.start] if m.pretraining else [] for m in (a, b)]
+        for what, records in (("pretrained", starts), ("fine-tuned", (a.scores, b.scores))):
+            for key in WHERE if all(records) else ():
+                values = ["/".join(sorted({str(x.get(key)) for x in r})) for r in records]
+                if values[0] != values[1]:
+                    text = f"{what} with another {key}: {values[0]}, {values[1]}"
+                    seeds.setdefault(text, []).append(str(a.seed))
+    return notes + [f"{arm} and {baseline}, seed {', '.join(at)}, were {text}"
+                    for text, at in seeds.items()]
+
+
+def notes_on_rows(examples):
+    """Of which tasks not all official rows were there, and where files share rows."""
+    notes = []
+    for task, e in examples.items():
+        used = [e["trained_on"], *e["rows"][1:]]
+        if used != e["official"]:
+            train, *devs = [f"{n} of {m}" for n, m in zip(used, e["official"])]
+            notes.append(f"{task}: {train} training rows, {', '.join(devs)} development rows")
+        if any(e["shared"]):
+            notes.append(f"{task}: {sum(e['shared'])} of {sum(e['rows'][1:])} development rows are "
+                         "training rows, too")
+    return notes
+
+
+def notes_on_runs(arms, rows):
+    """Which arms lack seeds, and which are on the plateau, where all strategies are alike."""
+    notes = []
+    for arm, members in arms.items():
+        of = rows[arm]["scores"]
+        short = [f"{task} {len(of[task]['seeds'])}" for task in TASKS
+                 if task in of and len(of[task]["seeds"]) < len(members)]
+        if short:
+            notes.append(f"{arm}: scored for fewer than its {len(members)} seeds: "
+                         + ", ".join(short))
+        margin = min((m.pretraining.margin for m in members if m.pretraining), default=math.inf)
+        if margin < PLATEAU_MARGIN:
+            notes.append(f"{arm} uses too little context: its held-out loss is {-margin:+.2f} nats "
+                         f"from {WITHOUT_CONTEXT} of the unigram entropy, and should be "
+                         f"{-PLATEAU_MARGIN} or less")
+    return notes
+
+
+# --------------------------------------------------------------------------------------------------
+# text
+
+
+def grid(lines):
+    """Lines of strings, the first a header -> a Markdown table with aligned columns."""
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join("| " + " | ".join(
+        cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths))
+    ) + " |" for line in (lines[0], rule, *lines[1:]))
+
+
+def show(value, form="{:.1f}"):
+    """A number as text, None as a dash."""
+    return "-" if value is None else form.format(value)
+
+
+def show_scores(table):
+    """A column for each arm, a line for each task, part of a task, and endpoint."""
+    rows = table["rows"]
+    lines = [["points", *(row["name"] for row in rows)],
+             ["pretraining seeds", "-", *(str(len(row["seeds"])) for row in rows[1:])]]
+    for what in rows[0]["scores"]:
+        task, _, part = what.partition(" ")
+        if task in TASKS and part and len(TASKS[task].parts) == 1:
+            continue  # its only part is its score
+        cells = [row["scores"].get(what, {"mean": None, "sd": None}) for row in rows]
+        lines.append([what, *(show(cell["mean"]) + (
+            f" ± {cell['sd']:.1f}" if cell["sd"] is not None else "") for cell in cells)])
+    return grid(lines)
+
+
+def show_differences(table):
+    """What each arm has beyond the baseline: a line for each endpoint."""
+    lines = [["arm", "endpoint", "pairs", "difference", "95 % interval", "joint error", "p (t)",
+              "p (sign flip)", "smallest", "gain", "FLOPs", "with teacher", "time"]]
+    base = next((row for row in table["rows"] if row["name"] == table["baseline"]), None)
+    for row in table["rows"]:
+        costs = [show(row[key] / base[key], "{:.2f}") if row.get(key) and base[key] else "-"
+                 for key in ("flops", "flops_with_teacher", "seconds") if base]
+        for what, c in row.get("against", {}).items():
+            line = ["no common seed", *["-"] * 6]
+            if c:
+                interval = "-" if c["low"] is None else f"[{c['low']:+.2f}, {c['high']:+.2f}]"
+                line = [f"{c['difference']:+.2f}", interval, show(c.get("joint_error"), "{:.2f}"),
+                        show(c["p_t"], "{:.3f}"), f"{c['p_sign_flip']:.3f}",
+                        f"{c['p_smallest']:.3f}", show(c["gain_percent"], "{:+.1f} %")]
+            pairs = str(len(c["seeds"])) if c else "0"
+            lines.append([row["name"], what, pairs, *line, *costs])
+    return grid(lines) if lines[1:] else ""
+
+
+def show_verdict(table):
+    """Does pretraining pay: the answer, with the numbers that decide."""
+    verdict = table["pretraining_pays"]
+    if verdict["pays"] is None:
+        return f"Does pretraining pay? Not known: {verdict['why']}."
+
+    def in_errors(c):
+        return c["difference"] / c["joint_error"] if c["joint_error"] else math.inf
+
+    gain = verdict["gain"]
+    tasks = ", ".join(f"{task} {c['difference']:+.1f} ({in_errors(c):+.1f})"
+                      for task, c in verdict["tasks"].items())
+    return (f"Does pretraining pay? {'Yes' if verdict['pays'] else 'NO'}: {table['baseline']} has "
+            f"{gain['difference']:+.2f} points against random weights on the primary endpoint, "
+            f"which is {in_errors(gain):+.1f} joint errors (rows {gain['row_error']:.2f}, seeds "
+            f"{gain['seed_error']:.2f}, joint {gain['joint_error']:.2f}). It takes more than 2, "
+            f"and no task below -2: {tasks}.")
+
+
+def show_tables(tables):
+    """All tables as one text."""
+    out = []
+    if len(tables) > 1:
+        out.append(f"{len(tables)} tables: their models differ in size, vocabulary or recipe, and "
+                   "cannot be paired")
+    for table in tables:
+        recipe = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in table["recipe"].items())
+        counts = sorted({len(seeds) for seeds in table["fine_tuning_seeds"].values()})
+        out.append(f"{table['title']}. Recipe: {recipe}; fine-tuning seeds: "
+                   + ", ".join(map(str, counts)))
+        out.append(show_scores(table))
+        if differences := show_differences(table):
+            out.append(f"Against {table['baseline']}, paired by pretraining seed. The t test "
+                       "decides; no p is corrected for several comparisons. FLOPs and time of "
+                       "pretraining are multiples of the baseline's.")
+            out.append(differences)
+        out.append(show_verdict(table))
+        if table["notes"]:
+            out.append("\n".join(f"- {note}" for note in table["notes"]))
+    return "\n\n".join(out)
