@@ -1,134 +1,137 @@
-"""Fine-tune finished runs on GLUE and compare them. One flat script: flags, data, fine-tuning, job.
+"""Fine-tune finished runs on GLUE and compare them. One flat script: flags, classifier, updates,
+runs, jobs.
 
     python glue.py runs/random-0 runs/self-0                # all tasks; data downloaded once
-    python glue.py runs/random-* runs/self-* --seeds 3      # arms paired over pretraining seeds
+    python glue.py runs/random-* runs/self-* --seeds 2      # arms, paired by pretraining seed
     python glue.py runs/self-0 --tasks CoLA,RTE --glue-dir DIR   # your copy, official layout
     python glue.py runs/* --table                           # only print what is already scored
 
-A score is a function of the run, the recipe, the rows and the fine-tuning seed, and is kept in the
-run's glue.json as soon as it is there: a job that was killed continues where it was, and nothing is
-computed twice. Every table has two floors on the same rows: the majority class, and the same model
-with random weights, at their own rate. Scores follow Wang et al. 2018 (GLUE, arXiv 1804.07461).
+A score is a function of the run, the recipe, the rows, the fine-tuning seed and the machine, and is
+kept in the run's glue.json as soon as it is there: a job that was stopped goes on where it was, and
+nothing is computed twice. Random weights are fine-tuned beside the runs. Scores follow Wang et al.
+2018 (GLUE, arXiv 1804.07461).
 """
 
-import argparse
 import contextlib
-import itertools
 import json
 import math
 import os
+import signal
 import sys
 import time
+from argparse import Namespace
 from dataclasses import asdict, replace
 from pathlib import Path
-from types import SimpleNamespace
-
-from data.compare import RATES, group_arms, make_tables
-from data.files import (
-    UserError, add_flags, check_range, checksum, lock_folder, make_folder, refuse_command,
-    run_script, sha256_file,
-)
-from data.runs import WITHOUT_CONTEXT, add_score, read_config, read_log, read_scores, spent_flops
-from data.tables import show_tables
-from data.tasks import TASKS, batches, encode_rows, read_task
-
-# --------------------------------------------------------------------------------------------------
-# flags: name, default, help, and the choices where there are any
-
-RECIPE = [  # one for every arm and task; README, "The fine-tuning recipe", says how it was chosen
-    ("epochs", -1, "passes over the training rows (default 3; with --freeze 10)"),
-    ("batch-size", 16, "rows in an update"),
-    ("lr", -1.0, "peak rate (1e-3, from width 256 on 6e-4; random weights less; --freeze 3e-3)"),
-    ("embedding-lr", -1.0, "that of the token embeddings (from width 256 on a tenth of --lr; "
-     "below, and with random weights, all of it)"),
-    ("warmup-frac", 0.1, "share of the updates over which the rate rises; then it falls to 0"),
-    ("weight-decay", 0.01, "of matrices and embeddings; biases and LayerNorm have none"),
-    ("dropout", 0.0, "in the encoder and on the sentence vector, whatever pretraining had"),
-    ("clip", 1.0, "largest norm of the gradient"),
-    ("max-len", 128, "tokens in a row; the longer sentence of a pair is cut first"),
-    ("max-train", 20_000, "only so many training rows a task, always the same; 0: all"),
-    ("pool-output", "pair", "sentence vector: the mean over the tokens of each sentence and their "
-     "difference; mean, over all tokens; cls, that of [CLS]", ("pair", "mean", "cls")),
-    ("freeze", False, "keep the encoder as it is and train the last layer alone"),
-]
-FLAGS = {
-    "What": [
-        ("tasks", ",".join(TASKS), "a list with commas"),
-        ("seeds", 1, "fine-tuning seeds for every run and task"),
-        ("glue-dir", "", "GLUE in the official layout, DIR/CoLA/train.tsv (default: downloaded)"),
-        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"),
-         "where downloads and the scores of random weights are kept"),
-    ],
-    "Recipe": RECIPE,
-    "Machine": [
-        ("device", "auto", "auto: a GPU where there is one", ("auto", "cpu", "cuda")),
-        ("dtype", "auto", "auto: bfloat16 on GPUs that have it", ("auto", "float32", "bfloat16")),
-        ("threads", 0, "CPU threads; 0: torch's choice"),
-    ],
-    "Table": [
-        ("table", False, "only print what is already scored, each recipe in a table of its own"),
-        ("parts", False, "show both parts of two-part metrics"),
-        ("markdown", False, "print the tables ready for a README"),
-        ("json", False, "print the tables for a program"),
-    ],
-}
-DEFAULTS = {f[0].replace("-", "_"): f[1] for flags in FLAGS.values() for f in flags}
-RECIPE_NAMES = [f[0].replace("-", "_") for f in RECIPE]
-
-
-def parse_flags():
-    """The command line -> (flags as a namespace, the names of those that were given)."""
-    parser = argparse.ArgumentParser(
-        usage="python glue.py RUN [RUN ...] [FLAGS]", description=__doc__, allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter, argument_default=argparse.SUPPRESS)
-    parser.error = refuse_command
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders of train.py")
-    parser.add_argument("--baseline", nargs="+", metavar="RUN", default=[],
-                        help="runs of the arm to compare with (default: the random arm)")
-    add_flags(parser, FLAGS)
-    given = vars(parser.parse_args())
-    a = argparse.Namespace(**{**DEFAULTS, "runs": [], **given})
-    if a.epochs == -1:
-        a.epochs = 10 if a.freeze else 3
-
-    flags = vars(a)
-    check_range(flags, "epochs batch_size clip seeds", lambda v: 0 < v < math.inf, "above 0")
-    check_range(flags, "lr embedding_lr", lambda v: v == -1 or 0 < v < math.inf, "above 0")
-    check_range(flags, "weight_decay max_train threads", lambda v: 0 <= v < math.inf, "0 or more")
-    check_range(flags, "warmup_frac dropout", lambda v: 0 <= v < 1, "from 0 to below 1")
-    check_range(flags, "max_len", lambda v: v >= 16, "at least 16")
-    names = {name.lower(): name for name in TASKS}
-    a.tasks = [task.strip() for task in a.tasks.split(",")]
-    if unknown := [task for task in a.tasks if task.lower() not in names]:
-        raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
-                        f"are {','.join(TASKS)}")
-    a.tasks = [task for task in TASKS if task in {names[t.lower()] for t in a.tasks}]
-    if not a.runs:
-        raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
-    if a.markdown and a.json:
-        raise UserError("give --markdown or --json, not both")
-    a.runs = list(dict.fromkeys(os.path.normpath(run) for run in [*a.runs, *a.baseline]))
-    a.baseline = [os.path.normpath(run) for run in a.baseline]
-    return a, set(given)
-
-
-if __name__ == "__main__":
-    COMMAND = run_script(parse_flags)  # before torch is imported: a typo is told at once
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from tqdm import tqdm
 
-from data.metrics import majority, measure, right_rows
+from data.files import UserError, lock_folder, progress, run_script, sha256_file, sha256_json
+from data.flags import check_ranges, defaults, flag_parser
+from data.machine import MACHINE_FLAGS, Machine
+from data.metrics import correct_rows, majority_class, measure
+from data.runs import WITHOUT_CONTEXT, read_config, read_log
+from data.scores import (
+    RANDOM_WEIGHTS, Model, Pretraining, add_score, group_arms, make_tables, read_scores,
+    show_tables, where,
+)
+from data.tasks import TASKS, batches, encode_rows, read_task
 from data.tokenizer import PAD
 from masking import seed_dropout
-from model import Bert, load, lr_at, make_optimizer, pick_machine, read_model, share_types
-from train import DEFAULTS as TRAIN_DEFAULTS
+from model import Bert, copy_token_type, load, read_model
+from train import EXPERIMENT, learning_rate, make_optimizer
 
+# --------------------------------------------------------------------------------------------------
+# flags: name, default (None or 0: follows from others), what is allowed, help
+
+FLAGS = {
+    "What": [
+        ("tasks", ",".join(TASKS), None, "a list with commas"),
+        ("seeds", 1, "above 0", "fine-tuning seeds for every run and task"),
+        ("glue-dir", "", "path", "GLUE in the official layout, DIR/CoLA/train.tsv (default: "
+         "downloaded)"),
+        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
+         "where downloads and the scores of random weights are kept"),
+    ],
+    "Recipe": [  # one for every arm and task; data/results/recipe.md says how it was chosen
+        ("epochs", 0, "0 or more", "passes over the training rows; 0: 3, with --freeze 10"),
+        ("batch-size", 16, "above 0", "rows in an update"),
+        ("lr", None, "above 0", "peak learning rate of runs (default: see RATES in glue.py)"),
+        ("embedding-lr", None, "above 0", "that of the token embeddings (default: see RATES)"),
+        ("warmup-frac", 0.1, "from 0 to below 1", "share of the updates over which the rate "
+         "rises; then it falls to 0"),
+        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings; biases and LayerNorm "
+         "have none"),
+        ("dropout", 0.0, "from 0 to below 1", "in the encoder and on the sentence vector, "
+         "whatever pretraining had"),
+        ("clip", 1.0, "above 0", "largest norm of the gradient"),
+        ("max-len", 128, "at least 16", "tokens in a row; the longer sentence of a pair is cut"),
+        ("max-train", 20_000, "0 or more", "only so many training rows a task, always the same; "
+         "0: all"),
+        ("pool-output", "pair", ("pair", "mean", "cls"), "sentence vector: the mean over the "
+         "tokens of each sentence and their difference; mean, over all tokens; cls, that of [CLS]"),
+        ("freeze", False, None, "keep the encoder as it is and train the last layer alone"),
+    ],
+    "Machine": MACHINE_FLAGS,
+    "Table": [
+        ("baseline", "random", None, "the arm that others are compared with: the name of its run "
+         "folders without -SEED"),
+        ("table", False, None, "only print what is already scored, each recipe in a table"),
+        ("json", False, None, "print the tables for a program"),
+    ],
+}
+RECIPE_NAMES = list(defaults({"": FLAGS["Recipe"]}))
+# (random weights?, width >= 256?) -> learning rate, that of the token embeddings. The embeddings of
+# a trained model are several times larger than random ones, and a wide model needs lower rates.
+# All four were chosen on development rows of SST-2, QNLI, MNLI and QQP: those of runs on the random
+# arm, those of random weights as the best that was tried for them, so that a rate that suits only
+# trained weights does not look like a gain of pretraining. data/results/recipe.md has the numbers.
+RATES = {
+    (False, False): (1e-3, 1e-3),
+    (False, True): (6e-4, 6e-5),
+    (True, False): (5e-4, 5e-4),
+    (True, True): (1.5e-4, 1.5e-4),
+}
+FROZEN_RATE = 3e-3  # of the last layer alone, whatever the weights below it
 EVAL_TOKENS = 8192  # in a batch without gradients: large, and within a CPU's caches
-SUBSET_SEED = 2605  # of --max-train: one subset of the rows for every run, arm and seed
+
+
+def parse_args(argv=None):
+    """The command line -> (the flags; the names of those that were given)."""
+    parser = flag_parser("python glue.py RUN [RUN ...] [FLAGS]", __doc__, FLAGS)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders of train.py")
+    typed = vars(parser.parse_args(argv))
+    args = Namespace(**{**defaults(FLAGS), "runs": [], **typed})
+    check_ranges(args, FLAGS)
+    args.epochs = args.epochs or (10 if args.freeze else 3)
+    names = {name.lower(): name for name in TASKS}
+    asked = [task.strip() for task in args.tasks.split(",")]
+    if unknown := [task for task in asked if task.lower() not in names]:
+        raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
+                        f"are {','.join(TASKS)}")
+    args.tasks = [task for task in TASKS if task in {names[name.lower()] for name in asked}]
+    if not args.runs:
+        raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
+    args.runs = list(dict.fromkeys(os.path.normpath(os.path.expanduser(run)) for run in args.runs))
+    return args, set(typed)
+
+
+def recipe_of(model, args):
+    """The recipe for this model, as it is kept with its scores. --lr and --embedding-lr are for
+    runs: random weights have their own rates, but for --freeze."""
+    usual, embeddings = RATES[model.pretraining is None, model.shape.width >= 256]
+    lr = args.lr if args.lr and model.pretraining else usual
+    # The ratio of the two stays. Rounded: a tenth of 6e-4 is to be shown as 6e-05.
+    embedding_lr = float(f"{lr * embeddings / usual:.12g}")
+    if args.embedding_lr and model.pretraining:
+        embedding_lr = args.embedding_lr
+    if args.freeze:
+        lr = embedding_lr = args.lr or FROZEN_RATE
+    return {name: getattr(args, name) for name in RECIPE_NAMES} | {
+        "lr": lr, "embedding_lr": embedding_lr}
+
 
 # --------------------------------------------------------------------------------------------------
 # the model
@@ -168,8 +171,8 @@ class Classifier(nn.Module):
         hidden = self.bert.encode(tokens, None, types, attend)  # (B, T, d)
 
         def mean(which):  # (B, T) -> (B, d); padding is never in it
-            share = which / which.sum(1, keepdim=True).clamp_min(1)
-            return (hidden * share[..., None]).sum(1)
+            weight = which / which.sum(1, keepdim=True).clamp_min(1)
+            return (hidden * weight[..., None]).sum(1)
 
         if self.pool_output == "mean":
             return mean(attend)
@@ -180,275 +183,279 @@ class Classifier(nn.Module):
         return self.head(self.dropout(vector))
 
 
+def vectors(model, rows, machine):
+    """The sentence vectors (B, d or 3 d) of a Classifier for these rows, in float32."""
+    with machine.autocast():
+        return model.vector(*collate(rows, machine.device)).float()
+
+
 @torch.inference_mode()
-def over_rows(function, rows, device, bar):
-    """function(tokens, types, attend) -> (B, n) for every row -> (N, n) in the rows' order."""
+def over_rows(function, rows, device):
+    """function(some rows) -> (B, n), for all of them -> (N, n) in the rows' order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     outputs, first = [], 0
-    while first < len(order):
+    while first < len(order):  # rows of like length together: little padding
         size = max(1, EVAL_TOKENS // len(rows[order[first]][0]))
-        part = [rows[i] for i in order[first:first + size]]
-        outputs.append(function(*collate(part, device)).float())
-        bar(part)
+        outputs.append(function([rows[i] for i in order[first:first + size]]))
         first += size
     back = torch.empty(len(order), dtype=torch.long, device=device)
     back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
     return torch.cat(outputs)[back]
 
 
-def fine_tune(bert, outputs, train, labels, devs, a, stream, device, amp, bar):
-    """Train a Classifier on `train` rows -> its outputs (N, outputs) for the rows of each of devs.
+def predict(model, rows, machine):
+    """The outputs (N, classes or 1) of a Classifier for these rows, on the CPU."""
+    model.eval()
+    return over_rows(lambda part: model(vectors(model, part, machine)), rows, machine.device).cpu()
 
-    outputs  classes, or 1: a regression, on labels that are standardised by the training rows
-    stream   decides the head's weights, the order of the rows and dropout
-    bar      is called with the rows of each batch, and 1 where it was an update
-    """
-    torch.manual_seed(stream)
-    model = Classifier(bert, outputs, a.pool_output).to(device)
-    labels = torch.tensor(labels, device=device)
-    if outputs == 1:  # correction 0: a single row has a deviation, too
+
+def fine_tune(model, rows, labels, recipe, seed, machine):
+    """Train a Classifier, encoder and all, on rows of encode_rows. `seed` decides the order of the
+    rows and dropout. FloatingPointError where the loss is not finite."""
+    def forward(chosen):
+        return model(vectors(model, [rows[i] for i in chosen], machine))
+
+    optimise(model, forward, np.array([len(ids) for ids, _ in rows]), labels, recipe, seed)
+
+
+def fit_head(model, rows, labels, recipe, seed, machine):
+    """Train the last layer of a Classifier alone. The vectors below it never change: they are
+    computed once, and brought to one scale, which becomes part of the layer at the end."""
+    model.eval()
+    x = over_rows(lambda part: vectors(model, part, machine), rows, machine.device)
+    mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
+    x = ((x - mean) / std).clone()  # clone: inference tensors cannot be trained on
+    optimise(model, lambda chosen: model(x[chosen]), np.array([len(ids) for ids, _ in rows]),
+             labels, recipe, seed)
+    with torch.no_grad():  # W (x - mean) / std + b = (W / std) x + b - (W / std) mean
+        model.head.weight /= std
+        model.head.bias -= model.head.weight @ mean
+
+
+def optimise(model, forward, lengths, labels, recipe, seed):
+    """Take the updates of fine_tune and fit_head. forward: numbers of rows (B,) -> outputs (B, n);
+    labels: classes, or floats for a regression, which are standardised."""
+    labels = torch.tensor(labels, device=model.head.weight.device)
+    regression = labels.is_floating_point()
+    if regression:  # correction 0: a single row has a deviation, too
         labels = (labels - labels.mean()) / labels.std(correction=0).clamp_min(1e-6)
-    lengths = np.array([len(ids) for ids, _ in train])
-
-    def vector(*batch):
-        with amp():
-            return model.vector(*batch).float()
-
-    if a.freeze:  # the vectors never change: computed once, and brought to one scale
-        model.eval()
-        bert.requires_grad_(False)
-        vectors = over_rows(vector, train, device, bar)
-        mean, std = vectors.mean(0), vectors.std(0, correction=0).clamp_min(1e-6)
-        vectors = ((vectors - mean) / std).clone()  # clone: inference tensors cannot be trained on
-    optimizer = make_optimizer(model, a.lr, a.weight_decay, a.embedding_lr)
+    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay, recipe.embedding_lr)
     peaks = [group["lr"] for group in optimizer.param_groups]
-    step, steps = 0, a.epochs * math.ceil(len(train) / a.batch_size)
-    for epoch in range(a.epochs):
-        model.train()
+    step, steps = 0, recipe.epochs * math.ceil(len(lengths) / recipe.batch_size)
+    model.train()
+    for epoch in range(recipe.epochs):
         total = 0.0
-        for chosen in batches(lengths, a.batch_size, stream, epoch):
+        for chosen in batches(lengths, recipe.batch_size, seed, epoch):
             for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = lr_at(step, steps, peak, a.warmup_frac)
-            seed_dropout(stream, step, 0)
-            rows = [train[i] for i in chosen]
-            x = vectors[chosen] if a.freeze else vector(*collate(rows, device))
-            output, y = model(x), labels[torch.from_numpy(chosen).to(device)]
+                group["lr"] = learning_rate(step, steps, peak, recipe.warmup_frac)
+            seed_dropout(seed, step, 0)
+            output, y = forward(chosen), labels[torch.from_numpy(chosen).to(labels.device)]
             # squeeze: (B, 1) minus (B) would be (B, B), without any complaint
-            loss = F.mse_loss(output.squeeze(1), y) if outputs == 1 else F.cross_entropy(output, y)
+            loss = F.mse_loss(output.squeeze(1), y) if regression else F.cross_entropy(output, y)
             loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), a.clip)
+            nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             total += loss.detach()
             step += 1
-            if not a.freeze:
-                bar(rows, 1)
         if not math.isfinite(total):
-            return None
-    model.eval()
-
-    def predict(*batch):
-        x = vector(*batch)
-        return model((x - mean) / std if a.freeze else x)
-
-    return [over_rows(predict, rows, device, bar).cpu() for rows in devs]
+            raise FloatingPointError("the loss is not finite")
 
 
 # --------------------------------------------------------------------------------------------------
-# runs, floors, and their scores
+# runs, random weights, rows
 
 
-def open_subject(path):
-    """A finished run folder -> what scoring it needs, and what data/compare.py needs to know."""
-    run = Path(path)
-    model, tokenizer = load(run)
-    config = read_config(run, TRAIN_DEFAULTS)
-    log = [line for line in read_log(run) if "val_loss" in line]
+def open_run(path):
+    """A finished run folder -> a Model. Its arm is the folder's name without a final -SEED."""
+    bert, tokenizer = load(path)
+    config, log = read_config(path), read_log(path)
     try:
-        flags = config["flags"]
-        flops, teacher_flops = spent_flops(run)
-        return SimpleNamespace(
-            path=path, is_floor=False, folder=run, seed=flags["seed"], entries=[],
-            flags=flags, defaults=TRAIN_DEFAULTS, tokenizer=tokenizer,
-            shape=replace(model.shape, dropout=0.0),  # that of pretraining is a flag, not a size
-            model=sha256_file(run / "model.pt"), corpus=str(config["corpus_sha256"]),
-            flops_of=flags["flops_of"], flops=flops,
+        flags, seed = config["flags"], config["flags"]["seed"]
+        # A path says nothing: what is compared is the text, how much training is behind the teacher
+        # and the weights that were begun with, and that the budget is another run's.
+        stands_for = {
+            "corpus": config["corpus_sha256"], "flops_of": bool(flags["flops_of"]),
+            "teacher": flags["teacher"] and config["teacher_flops"],
+            "init_from": flags["init_from"] and log[0]["flops"]}
+        last = [line for line in log if "val_loss" in line][-1]
+        pretraining = Pretraining(
+            experiment={name: stands_for.get(name, flags.get(name)) for name in sorted(EXPERIMENT)},
+            start=where(config["starts"][-1]),
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
-            teacher_flops=teacher_flops, flops_with_teacher=flops + teacher_flops,
-            seconds=float(log[-1].get("seconds", 0)),
-            margin=WITHOUT_CONTEXT * config["unigram_entropy"] - float(log[-1]["val_loss"]))
-    except (KeyError, TypeError, ValueError, OverflowError, IndexError):
-        raise UserError(f"{run}: config.json or log.jsonl is damaged, or of another version")
+            flops=config["flops"], teacher_flops=config["teacher_flops"],
+            seconds=last.get("seconds", 0.0),
+            margin=WITHOUT_CONTEXT * config["unigram_entropy"] - last["val_loss"])
+        arm = os.path.basename(os.path.abspath(path)).removesuffix(f"-{seed}")
+    except (LookupError, TypeError, ValueError):
+        raise UserError(f"{path}: config.json or log.jsonl is damaged, or of another version")
+    shape = replace(bert.shape, dropout=0.0)  # that of pretraining is a flag, not a size
+    return Model(arm, seed, Path(path), sha256_file(Path(path) / "model.pt"), shape, tokenizer,
+                 pretraining)
 
 
-def make_floor(run, seed, cache):
-    """The model that `run` would have been before its first update, with this seed."""
-    key = checksum({"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256, "seed": seed})
-    return SimpleNamespace(
-        path="random weights", is_floor=True, folder=Path(cache) / "glue" / key[:16], seed=seed,
-        entries=[], shape=run.shape, tokenizer=run.tokenizer, model=key)
-
-
-def build(subject, dropout):
-    """A fresh Bert with the subject's weights."""
-    if not subject.is_floor:
-        trained = read_model(subject.folder / "model.pt")
-        bert = Bert(replace(trained.shape, dropout=dropout))
-        bert.load_state_dict(trained.state_dict())
-        return bert
-    torch.manual_seed(subject.seed)
-    bert = Bert(replace(subject.shape, dropout=dropout))
-    share_types(weights := bert.state_dict())
-    bert.load_state_dict(weights)
-    return bert
-
-
-def stream_of(seed, fine_tuning_seed, task):
-    """The number all random draws come from. The pretraining seed is part of it: arms with one seed
-    are fine-tuned alike, and two seeds are two samples of everything that is random."""
-    key = (seed, fine_tuning_seed, list(TASKS).index(task))
-    return int(np.random.SeedSequence(key).generate_state(1)[0])
-
-
-def recipe_of(subject, a):
-    """Unasked, the rates follow the weights: README, "The fine-tuning recipe"."""
-    wide, floor = subject.shape.width >= 256, subject.is_floor
-    usual = (1.5e-4 if wide else 5e-4) if floor else 6e-4 if wide else 1e-3
-    lr = a.lr if a.lr > 0 else 3e-3 if a.freeze else usual
-    tenth = float(f"{lr / 10:.12g}")  # rounded: a tenth of 6e-4 shall be shown as 6e-05
-    words = a.embedding_lr if a.embedding_lr > 0 else tenth if wide and not floor else lr
-    return {name: getattr(a, name) for name in RECIPE_NAMES} | {"lr": lr, "embedding_lr": words}
-
-
-def main():
-    a, given = COMMAND
+def open_runs(paths, skip):
+    """All of them. With `skip`, for a table while others still train, without unfinished ones."""
     runs = []
-    for path in a.runs:
+    for path in paths:
         try:
-            runs.append(open_subject(path))
-        except UserError as error:  # a table of what is there is wanted while others still train
-            if not a.table:
+            runs.append(open_run(path))
+        except UserError as error:
+            if not skip:
                 raise
             print(f"left out: {error}", file=sys.stderr)
     if not runs:
         raise UserError("no finished run to show")
-    group_arms(runs)  # a run that is given twice is told now, not after the work
-    floor_seeds = range(min(3, len({run.seed for run in runs})))  # three are enough for a floor
-    floors = {(run.shape, run.tokenizer.sha256): [make_floor(run, s, a.cache) for s in floor_seeds]
-              for run in runs}
-    subjects = [*runs, *(floor for group in floors.values() for floor in group)]
+    return runs
 
-    if not a.table:
-        with contextlib.ExitStack() as held:
-            for run in runs:
-                held.enter_context(lock_folder(run.folder))
-                read_scores(run.folder, run.model)  # a damaged file is told now, too
-            rows = work(a, subjects)
-    for subject in subjects:
-        recipe = recipe_of(subject, a)
-        wanted = given.intersection(RECIPE_NAMES) if a.table else set(RECIPE_NAMES)
-        wanted -= RATES if subject.is_floor else set()  # their best is what has to be passed
-        subject.entries = [
-            e for e in read_scores(subject.folder, subject.model) if e["task"] in a.tasks
-            and (a.table or e["data"] == rows[e["task"]])
-            and all(e["recipe"].get(name) == recipe[name] for name in wanted)]
-    tables = make_tables(runs, floors, a.baseline)
+
+def random_weights(runs, cache):
+    """What the runs were before their first update: a Model for each shape, tokenizer and seed."""
+    models = {}
+    for run in runs:
+        key = sha256_json({"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256,
+                           "seed": run.seed})
+        models[key] = Model(RANDOM_WEIGHTS, run.seed, Path(cache) / "glue" / key[:16], key,
+                            run.shape, run.tokenizer)
+    return list(models.values())
+
+
+def build(model, dropout):
+    """A fresh Bert with the weights of this Model."""
+    torch.manual_seed(model.seed)  # as train.py makes them
+    bert = Bert(replace(model.shape, dropout=dropout))
+    weights = bert.state_dict()
+    if model.pretraining:
+        weights = read_model(model.folder / "model.pt").state_dict()
+    else:
+        copy_token_type(weights)
+    bert.load_state_dict(weights)
+    return bert
+
+
+def encode(model, task, data, max_len, threads):
+    """-> [training rows, rows of each development file], encoded for this model. One row is shown:
+    the cheapest way to see a wrong label or tokenizer."""
+    train, devs, _ = data
+    rows = [encode_rows(model.tokenizer, part.sentences, max_len, threads)
+            for part in (train, *devs)]
+    pieces = "".join(model.tokenizer.pieces[i] for i in rows[0][0][0])
+    print(f"{task}: {len(train)} of {train.in_file} training rows, for example {pieces[:150]} -> "
+          f"{train.labels[0]}")
+    return rows
+
+
+# --------------------------------------------------------------------------------------------------
+# jobs
+
+
+def seed_of(model, task, seed):
+    """The number from which all random draws of a fine-tuning come. The pretraining seed is part of
+    it: arms with one seed are fine-tuned alike, and two seeds are two samples of everything."""
+    key = (model.seed, seed, list(TASKS).index(task))
+    return int(np.random.SeedSequence(key).generate_state(1)[0])
+
+
+def scores_of(model, args, data, machine):
+    """The scores of a model that were made with the recipe, rows and machine that are asked for."""
+    recipe, here = recipe_of(model, args), where(machine.record())
+    return [e for e in read_scores(model.folder, model.sha256)
+            if e["task"] in data and e["data"] == data[e["task"]][-1] and e["seed"] < args.seeds
+            and e["recipe"] == recipe and where(e) == here]
+
+
+def score(model, task, seed, rows, args, data, machine):
+    """Fine-tune a model on a task's encoded rows -> an entry for its glue.json."""
+    began, recipe, (train, devs, sha256) = time.perf_counter(), recipe_of(model, args), data[task]
+    bert, number = build(model, args.dropout), seed_of(model, task, seed)
+    torch.manual_seed(number)  # of the last layer
+    classifier = Classifier(bert, TASKS[task].outputs, args.pool_output).to(machine.device)
+    try:
+        fit = fit_head if args.freeze else fine_tune
+        fit(classifier, rows[0], train.labels, Namespace(**recipe), number, machine)
+    except FloatingPointError as error:
+        raise FloatingPointError(f"{model.arm}-{model.seed}, {task}, seed {seed}: {error}")
+    outputs = [predict(classifier, dev, machine) for dev in rows[1:]]
+    parts = measure(TASKS[task], outputs, devs)
+    return {
+        "task": task, "seed": seed, "recipe": recipe, "data": sha256, "model": model.sha256,
+        "score": sum(parts.values()) / len(parts), "parts": parts,
+        "majority": majority_class(TASKS[task], train.labels, devs),
+        "correct": correct_rows(TASKS[task], outputs, devs) if TASKS[task].primary else "",
+        "trained_on": len(train), "rows": [part.in_file for part in (train, *devs)],
+        "official": [part.official for part in (train, *devs)],
+        "shared": [dev.shared for dev in devs],
+        "seconds": round(time.perf_counter() - began, 1), **machine.record()}
+
+
+def has_score(model, task, seed, *how):
+    return any((e["task"], e["seed"]) == (task, seed) for e in scores_of(model, *how))
+
+
+def work(models, args):
+    """Compute every score that is not there yet; then give each model those that are asked for."""
+    machine = Machine(args)
+    print(f"machine: {machine.about}")
+    data = {task: read_task(task, args.glue_dir, args.cache, args.max_train)
+            for task in args.tasks}
+    how = args, data, machine
+    jobs = [(model, task, seed) for task in args.tasks for seed in range(args.seeds)
+            for model in models if not has_score(model, task, seed, *how)]
+    rows = {}  # encoded once for all models that share a tokenizer and a length
+    for model, task, _ in jobs:
+        key = task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
+        rows[key] = rows.get(key) or encode(model, task, data[task], key[-1], machine.threads)
+    with progress(total=len(jobs), unit=" fine-tunings", unit_scale=False) as bar:
+        for model, task, seed in jobs:
+            bar.set_description_str(f"{model.arm}-{model.seed} {task}")
+            key = task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
+            model.folder.mkdir(parents=True, exist_ok=True)
+            # Commands side by side wait for one another, and perhaps it is then done.
+            with lock_folder(model.folder, wait=f"it fine-tunes {model.arm}-{model.seed}, too"):
+                if not has_score(model, task, seed, *how):
+                    add_score(model.folder, score(model, task, seed, rows[key], *how))
+            bar.update()
+    for model in models:
+        model.scores = scores_of(model, *how)
+
+
+def look_up(models, args, given):
+    """Give each model all scores that are there, or those of the recipe flags that are given."""
+    for model in models:
+        recipe = recipe_of(model, args)
+        model.scores = [e for e in read_scores(model.folder, model.sha256)
+                        if e["task"] in args.tasks and all(
+                            e["recipe"].get(name) == recipe[name]
+                            for name in given.intersection(RECIPE_NAMES))]
+
+
+def main():
+    args, given = parse_args()
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    kept = "finished scores are kept: give the same command again to go on"
+    try:
+        runs = open_runs(args.runs, skip=args.table)
+        arms = group_arms(runs)  # what cannot be compared is told now, not after the work
+        if "baseline" in given and args.baseline not in arms:
+            raise UserError(f"--baseline {args.baseline}: the arms are {', '.join(arms)}")
+        models = [*random_weights(runs, args.cache), *runs]
+        if args.table:
+            look_up(models, args, given)
+        else:
+            with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables alone
+                work(models, args)
+    except FloatingPointError as error:
+        print(f"error: {error}, a lower --lr is needed; {kept}", file=sys.stderr)
+        sys.exit(1)
+    except SystemExit:  # a signal: a fine-tuning can take minutes, its end is not waited for
+        print(f"stopped; {kept}", file=sys.stderr)
+        raise
+    tables = make_tables(models, args.baseline)
     if not tables:
         raise UserError("nothing is scored yet: leave out --table")
-    print(json.dumps(tables, indent=1) if a.json else show_tables(tables, a.markdown, a.parts))
-
-
-def work(a, subjects):
-    """Compute every score that is not there yet."""
-    device, dtype, why = pick_machine(a.device, a.dtype, a.threads)
-    out = sys.stderr if a.json or a.markdown else sys.stdout  # what others read is tables alone
-    print(f"machine: {device.type}, {torch.get_num_threads()} threads, {dtype} ({why})", file=out)
-
-    def amp():
-        return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-
-    # ---- the data, tokenised once for all runs and seeds that share a tokenizer
-    tasks, encoded = {}, {}
-    for name in a.tasks:
-        train, devs, sha256 = read_task(name, a.glue_dir, a.cache)
-        keep = np.random.default_rng(SUBSET_SEED).permutation(len(train))[:a.max_train or None]
-        tasks[name] = SimpleNamespace(train=train, devs=devs, sha256=sha256, keep=keep)
-        for subject in subjects:
-            key = (name, subject.tokenizer.sha256, subject.shape.seq_len)
-            if key not in encoded:
-                max_len = min(a.max_len, subject.shape.seq_len)
-                rows = [encode_rows(subject.tokenizer, part.sentences, max_len)
-                        for part in (train, *devs)]
-                rows[0] = [rows[0][i] for i in keep]
-                encoded[key] = rows
-                # One row is shown: the cheapest way to see a wrong label or tokenizer.
-                ids, label = rows[0][0][0], train.labels[keep[0]]
-                print(f"{name}: {len(keep)} of {len(train)} training rows, for example "
-                      f"{''.join(subject.tokenizer.pieces[i] for i in ids)[:150]} -> {label}",
-                      file=out)
-
-    # ---- what there is to do, and about how much work it is
-    def cost(subject, rows, updates=0):
-        """FLOPs of a forward over these rows, or of training on them in so many updates."""
-        d, tokens = subject.shape.width, sum(len(ids) for ids, _ in rows)
-        encoder = 12 * subject.shape.layers * d**2
-        if not updates:
-            return 2 * encoder * tokens
-        # AdamW takes about as long as 30 FLOPs for every parameter.
-        return 6 * encoder * tokens + 30 * updates * (encoder + subject.shape.vocab_size * d)
-
-    def is_done(subject, task, seed):
-        return any(e["task"] == task and e["seed"] == seed and e["data"] == tasks[task].sha256
-                   and e["recipe"] == recipe_of(subject, a)
-                   for e in read_scores(subject.folder, subject.model))
-
-    items = []
-    for name in a.tasks:
-        for seed, subject in itertools.product(range(a.seeds), subjects):
-            train, *devs = encoded[name, subject.tokenizer.sha256, subject.shape.seq_len]
-            updates = 0 if a.freeze else math.ceil(len(train) / a.batch_size)
-            size = (1 if a.freeze else a.epochs) * cost(subject, train, updates)
-            size += sum(cost(subject, rows) for rows in devs)
-            if not is_done(subject, name, seed):
-                items.append((subject, name, seed, train, devs, size))
-    for subject, *_ in items:
-        make_folder(subject.folder)
-    # smoothing 0: the average speed so far; tasks differ too much for anything shorter
-    bar = tqdm(total=sum(size for *_, size in items), smoothing=0,
-               mininterval=0.2 if sys.stderr.isatty() else 30,
-               bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}<{remaining}")
-    for subject, name, seed, train, devs, size in items:
-        with contextlib.ExitStack() as held:
-            if subject.is_floor:  # jobs side by side share these: wait, and perhaps it is done
-                held.enter_context(lock_folder(subject.folder, wait=True))
-                if is_done(subject, name, seed):
-                    bar.update(size)
-                    continue
-            bar.set_description_str(f"{subject.path} {name}", refresh=False)
-            data, task, began = tasks[name], TASKS[name], time.perf_counter()
-            labels = [data.train.labels[i] for i in data.keep]
-            recipe = recipe_of(subject, a)
-            outputs = fine_tune(
-                build(subject, a.dropout), task.outputs, train, labels, devs,
-                SimpleNamespace(**recipe), stream_of(subject.seed, seed, name), device, amp,
-                lambda rows, updates=0: bar.update(cost(subject, rows, updates)))
-            if outputs is None:
-                bar.close()
-                print(f"error: {subject.path}, {name}, seed {seed}: the loss is not finite, a "
-                      "lower --lr is needed; all scores before it are kept", file=sys.stderr)
-                sys.exit(1)
-            parts = measure(task, outputs, data.devs)
-            add_score(subject.folder, {
-                "task": name, "seed": seed, "recipe": recipe, "data": data.sha256,
-                "model": subject.model, "score": sum(parts.values()) / len(parts), "parts": parts,
-                "majority": majority(task, labels, data.devs), "trained_on": len(train),
-                "right": right_rows(task, outputs, data.devs),
-                "rows": [len(part) for part in (data.train, *data.devs)],
-                "official": [part.official for part in (data.train, *data.devs)],
-                "seconds": round(time.perf_counter() - began, 1), "torch": torch.__version__,
-                "device": device.type, "dtype": dtype, "threads": torch.get_num_threads()})
-    bar.close()
-    return {name: data.sha256 for name, data in tasks.items()}
+    print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""glue.py end to end, on small files of the official layout.
+"""glue.py end to end, on small files of the official layout and run folders made by hand.
 
     python -m pytest tests/test_glue.py -q
 """
 
-import gc
+import contextlib
 import json
 import random
 import re
+import shutil
 import signal
 import time
+from argparse import Namespace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,12 +20,16 @@ import torch
 import torch.nn.functional as F
 
 import glue
-from data.files import lock_folder, read_json, write_json
-from data.runs import read_log
+import train
+from data.files import UserError, lock_folder, read_json, save_tensors, sha256_file, write_json
+from data.machine import Machine
+from data.metrics import measure
+from data.runs import config_sha256
 from data.tasks import TASKS
-from model import Bert, Shape
+from data.tokenizer import Tokenizer, train_tokenizer
+from model import Bert, Shape, copy_token_type
+from tests.helpers import call, refused, spawn
 from tests.test_glue_data import LABELS, write_task
-from tests.test_train import call, refused, spawn
 
 CPU = torch.device("cpu")
 
@@ -33,8 +40,7 @@ def words(count, seed):
             for _ in range(count)]
 
 
-# Two topics: a sentence has words of one of them alone. Which topic a word belongs to can only be
-# learned from the company that it keeps: all words are made of the same syllables.
+# Two topics: a sentence has words of one of them alone.
 TOPICS = words(60, 1), words(60, 2)
 
 
@@ -42,38 +48,55 @@ def sentence(topic, rng, vocabulary=slice(None)):
     return " ".join(rng.choice(TOPICS[topic][vocabulary]) for _ in range(8))
 
 
+def make_run(path, tokenizer, seed=0, width=64, weights=None, start=(), **flags):
+    """A run folder as train.py leaves it, without any training."""
+    path.mkdir(parents=True)
+    shape = Shape(Tokenizer(tokenizer).vocab_size, layers=1, width=width, seq_len=32)
+    torch.manual_seed(100 + seed)  # not the weights that a run of this seed begins with
+    bert = Bert(shape)
+    if weights:
+        weights(bert)
+    state = bert.state_dict()
+    copy_token_type(state)
+    args = Namespace(device="auto", dtype="auto", threads=1)
+    config = {
+        "flags": {**train.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags},
+        "corpus_sha256": "c" * 64, "tokenizer_sha256": sha256_file(tokenizer),
+        "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "unigram_entropy": 6.0,
+        "flops": 1000, "teacher_flops": 0, "starts": [{**Machine(args).record(), **dict(start)}]}
+    lines = [{"step": 0, "flops": 0, "val_loss": 7.0}, {"step": 10, "flops": 500},
+             {"step": 250, "flops": 1000, "seconds": 9.5, "val_loss": 4.0}]
+    write_json(path / "config.json", config)
+    shutil.copy(tokenizer, path / "tokenizer.model")
+    (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    save_tensors(path / "model.pt", {"shape": asdict(shape), "model": state,
+                                     "config_sha256": config_sha256(config)})
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A corpus, GLUE's files (small), and two finished runs of one seed: random and self."""
+    """GLUE's files (small), two vocabularies, and two finished runs of one seed: random and self.
+    """
     folder = tmp_path_factory.mktemp("glue")
     rng = random.Random(0)
-    documents = ["\n".join(sentence(i % 2, rng) for _ in range(4)) for i in range(1200)]
-    (folder / "text.txt").write_text("\n\n".join(documents) + "\n")
+    texts = [sentence(i % 2, rng) for i in range(1200)]
+    train_tokenizer(texts, 700, folder / "tokenizer.model")
+    train_tokenizer(texts, 320, folder / "small.model")
     for task in TASKS:
         rows = [(sentence(0, rng), sentence(1, rng), LABELS[task][i % 2]) for i in range(40)]
         write_task(folder / "GLUE", task, rows, n_dev=20)
-    with pytest.MonkeyPatch.context() as patch:
-        for masking in ("random", "self"):
-            call(["train.py", "--corpus", folder / "text.txt", "--cache", folder / "cache",
-                  "--vocab-size", "700", "--layers", "1", "--width", "64", "--seq-len", "32",
-                  "--batch-size", "16", "--steps", "250", "--eval-blocks", "32", "--threads", "1",
-                  "--masking", masking, "--out", folder / masking], patch)
+    make_run(folder / "random-0", folder / "tokenizer.model", masking="random")
+    make_run(folder / "self-0", folder / "tokenizer.model", masking="self", width=128)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def fresh(folder):
-    """Signal handlers as they were, and no score left from another test."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+def no_score_is_left_from_another_test(folder):
     for path in [*folder.glob("*/glue.json"), *folder.glob("cache/glue/*/glue.json")]:
         path.unlink()
-    gc.collect()
-    yield
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
 
 
-def command(folder, *argv, runs=("random", "self")):
+def command(folder, *argv, runs=("random-0", "self-0")):
     return ["glue.py", *(folder / run for run in runs), "--glue-dir", folder / "GLUE",
             "--cache", folder / "cache", "--threads", "1", *argv]
 
@@ -83,19 +106,21 @@ def scores(run):
 
 
 def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
-    call(command(folder, "--epochs", "1", "--json"), monkeypatch)
+    flags = ["--epochs", "1", "--json"]
+    call(command(folder, *flags), monkeypatch)
     out = capsys.readouterr()
-    table, = json.loads(out.out)
-    assert table["tasks"] == list(TASKS) and table["baseline"] == "random"
-    assert [row["name"] for row in table["floors"] + table["rows"]] == [
-        "majority class", "random weights", "random", "self"]
-    for row in table["floors"] + table["rows"]:
-        assert set(row["tasks"]) == set(TASKS) and {"primary", "glue"} == set(row["ends"])
-        assert all(np.isfinite(v["mean"]) for v in row["tasks"].values())
-    assert set(table["rows"][1]["against"]) == {"primary", "glue"}
-    assert any("MNLI 40 of 392702 (training), 20 of 9815, 20 of 9832" in n for n in table["notes"])
-    assert "CoLA: 40 of 40 training rows, for example [CLS]▁" in out.err
-    for run in ("random", "self"):
+    tables = json.loads(out.out)  # the widths differ: two tables, each with its random weights
+    assert [[row["name"] for row in table["rows"]] for table in tables] == [
+        ["majority class", "random weights", name] for name in ("random", "self")]
+    assert [table["baseline"] for table in tables] == ["random", None]
+    for row in tables[0]["rows"] + tables[1]["rows"]:
+        assert {*TASKS, "primary", "GLUE (8)", "MNLI matched", "QQP f1"} <= set(row["scores"])
+        assert all(np.isfinite(v["mean"]) for v in row["scores"].values())
+    assert set(tables[0]["rows"][1]["against"]) == {"primary", "GLUE (8)"}
+    assert "MNLI: 40 of 392702 training rows, 20 of 9815, 20 of 9832 development rows" in (
+        tables[0]["notes"])
+    assert len(re.findall("CoLA: 40 of 40 training rows, for example .CLS.▁", out.err)) == 1
+    for run in ("random-0", "self-0"):
         entries = scores(folder / run)
         assert [e["task"] for e in entries] == list(TASKS)
         assert set(entries[5]["parts"]) == {"matched", "mismatched"}
@@ -103,85 +128,134 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
         for e in entries:
             assert e["score"] == pytest.approx(np.mean(list(e["parts"].values())))
             accuracy = e["parts"].get("accuracy", e["parts"].get("matched"))
-            if accuracy is not None:
-                assert int(e["right"], 16).bit_count() == pytest.approx(accuracy / 100 * 20)
-        assert entries[3]["task"] == "STS-B" and entries[3]["right"] == ""
+            if TASKS[e["task"]].primary:
+                assert len(e["correct"]) == 20
+                assert e["correct"].count("1") == pytest.approx(accuracy / 100 * 20)
+            else:
+                assert e["correct"] == ""
 
     # The same command again computes nothing: the files do not change, the table is the same.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("glue.json")}
-    monkeypatch.setattr(glue, "fine_tune", None)
-    call(command(folder, "--epochs", "1", "--json"), monkeypatch)
-    assert json.loads(capsys.readouterr().out) == [table]
-    call(["glue.py", folder / "random", folder / "self", "--cache", folder / "cache", "--table",
-          "--json"], monkeypatch)
-    assert json.loads(capsys.readouterr().out) == [table]
+    monkeypatch.setattr(glue, "score", None)
+    call(command(folder, *flags), monkeypatch)
+    out = capsys.readouterr()
+    assert json.loads(out.out) == tables and "for example" not in out.err
+    call(["glue.py", folder / "random-0", folder / "self-0", "--cache", folder / "cache",
+          "--table", "--json"], monkeypatch)
+    assert json.loads(capsys.readouterr().out) == tables
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("glue.json")}
-    call(["glue.py", folder / "self", "--cache", folder / "cache", "--table", "--markdown",
-          "--parts"], monkeypatch)
+    call(["glue.py", folder / "self-0", "--cache", folder / "cache", "--table"], monkeypatch)
     out = capsys.readouterr().out
-    assert "| self | 1 |" in out and "MRPC f1" in out and "there is no random arm" in out
+    assert "| MRPC f1 " in out and "| pretraining seeds | " in out
+    assert "Does pretraining pay? Not known: it takes scores of random and of random weights" in out
+
+
+def test_arms_are_paired_by_seed_and_so_are_random_weights(folder, tmp_path, monkeypatch, capsys):
+    for seed in (0, 1):
+        for arm in ("random", "self-high"):
+            make_run(tmp_path / f"{arm}-{seed}", folder / "tokenizer.model", seed,
+                     masking=arm.partition("-")[0])
+    runs = sorted(tmp_path.iterdir())
+    tasks = ["--tasks", "SST-2,QQP,MNLI,QNLI"]
+    call(command(folder, *tasks, "--epochs", "1", "--seeds", "2", "--json", runs=runs), monkeypatch)
+    table, = json.loads(capsys.readouterr().out)
+    assert [(row["name"], row["seeds"]) for row in table["rows"][1:]] == [
+        ("random weights", [0, 1]), ("random", [0, 1]), ("self-high", [0, 1])]
+    assert set(table["fine_tuning_seeds"]["QNLI"]) == {0, 1}
+    assert table["pretraining_pays"]["gain"]["joint_error"] > 0
+    assert all(row["against"]["primary"]["seeds"] == [0, 1] for row in (
+        table["rows"][1], table["rows"][3]))
+    # Any other arm can be the baseline, by its name.
+    call(["glue.py", *runs, "--cache", folder / "cache", "--table", "--baseline", "self-high"],
+         monkeypatch)
+    assert "Against self-high, paired by pretraining seed." in capsys.readouterr().out
+    # A changed flag under the name of an arm is refused, before any work.
+    make_run(tmp_path / "self-high-2", folder / "tokenizer.model", 2, masking="self", lr=0.5)
+    line = refused(command(folder, runs=[*runs, tmp_path / "self-high-2"]), monkeypatch, capsys)
+    assert "one arm, self-high, but differ in --lr (None, 0.5)" in line and "self-high-b-2" in line
 
 
 def test_every_tokenizer_shows_a_row_in_its_own_pieces(folder, tmp_path, monkeypatch, capsys):
-    call(["train.py", "--corpus", folder / "text.txt", "--cache", folder / "cache", "--vocab-size",
-          "320", "--layers", "1", "--width", "64", "--seq-len", "32", "--batch-size", "4",
-          "--steps", "2", "--threads", "1", "--masking", "random", "--out", tmp_path / "small"],
-         monkeypatch)
-    few = ["--tasks", "CoLA", "--epochs", "1"]
-    for runs in ((tmp_path / "small", "random"), ("random", tmp_path / "small")):
+    make_run(tmp_path / "small", folder / "small.model", masking="random")
+    for runs in ((tmp_path / "small", "random-0"), ("random-0", tmp_path / "small")):
         capsys.readouterr()
-        call(command(folder, *few, runs=runs), monkeypatch)
-        shown = re.findall(r"CoLA: .*for example (.*) -> ", capsys.readouterr().out)
+        call(command(folder, "--tasks", "CoLA", "--epochs", "1", runs=runs), monkeypatch)
+        shown = re.findall(r"CoLA: .*for example (.*) -> ", capsys.readouterr().err)
         assert len(shown) == 2 and shown[0] != shown[1]
         text = (folder / "GLUE" / "CoLA" / "train.tsv").read_text().replace(" ", "▁")
         for pieces in shown:  # the beginning of a sentence of the file: no other pieces give that
             assert pieces.removeprefix("[CLS]▁").replace("[SEP]", "") in text
-        (folder / "random" / "glue.json").unlink()
+        for path in folder.rglob("glue.json"):
+            path.unlink()
+        (tmp_path / "small" / "glue.json").unlink()
 
 
 def test_scores_are_pure_in_run_recipe_rows_and_seed(folder, monkeypatch, capsys):
     flags = ["--tasks", "rte, CoLA", "--epochs", "2", "--seeds", "2"]
     call(command(folder, *flags), monkeypatch)
-    first = scores(folder / "self")
+    first = scores(folder / "self-0")
     assert [(e["task"], e["seed"]) for e in first] == [
         ("CoLA", 0), ("CoLA", 1), ("RTE", 0), ("RTE", 1)]
-    (folder / "self" / "glue.json").unlink()
+    (folder / "self-0" / "glue.json").unlink()
     # The order of the tasks, the other runs and what else is computed do not matter.
-    call(command(folder, "--tasks", "RTE", *flags[2:], runs=["self"]), monkeypatch)
-    again = scores(folder / "self")
+    call(command(folder, "--tasks", "RTE", *flags[2:], runs=["self-0"]), monkeypatch)
+    again = scores(folder / "self-0")
     assert [e["parts"] for e in again] == [e["parts"] for e in first[2:]]
     # Another recipe is computed beside the first, and --table shows both.
-    call(command(folder, "--tasks", "RTE", "--epochs", "1", "--max-train", "10"), monkeypatch)
-    assert len(scores(folder / "self")) == 3
-    assert "RTE 10 of 2490 (training)" in capsys.readouterr().out
-    call(command(folder, "--table"), monkeypatch)
+    more = ["--tasks", "RTE", "--epochs", "1", "--max-train", "10"]
+    call(command(folder, *more, runs=["self-0"]), monkeypatch)
+    assert len(scores(folder / "self-0")) == 3
+    assert "RTE: 10 of 2490 training rows" in capsys.readouterr().out
+    call(command(folder, "--table", runs=["self-0"]), monkeypatch)
     assert "2 tables" in capsys.readouterr().out
-    call(command(folder, "--table", "--epochs", "1"), monkeypatch)
+    call(command(folder, "--table", "--epochs", "1", runs=["self-0"]), monkeypatch)
     assert "tables" not in capsys.readouterr().out
     # Other rows are other scores.
     write_task(folder / "GLUE2", "RTE", [("a b", "c d", LABELS["RTE"][i % 2]) for i in range(12)])
     call(command(folder, *flags[2:], "--tasks", "RTE", "--glue-dir", folder / "GLUE2"), monkeypatch)
-    assert len(scores(folder / "self")) == 5 and "12 of 2490" in capsys.readouterr().out
+    assert len(scores(folder / "self-0")) == 5 and "12 of 2490" in capsys.readouterr().out
 
 
-def test_pretraining_clears_the_floor_where_it_must(folder, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("what", ["dtype", "device", "torch", "machine"])
+def test_a_score_of_another_machine_is_no_score_but_is_named(what, folder, monkeypatch, capsys):
+    flags = ["--tasks", "RTE", "--epochs", "1"]
+    call(command(folder, *flags, runs=["random-0"]), monkeypatch)
+    path = folder / "random-0" / "glue.json"
+    path.write_text(path.read_text().replace(f'"{what}": "', f'"{what}": "another '))
+    capsys.readouterr()
+    call(command(folder, "--table", runs=["random-0"]), monkeypatch)
+    assert f"seed 0, were fine-tuned with another {what}: " in capsys.readouterr().out
+    call(command(folder, *flags, runs=["random-0"]), monkeypatch)
+    old, new = scores(folder / "random-0")
+    assert old["parts"] == new["parts"] and old[what] == f"another {new[what]}"
+    assert "another" not in capsys.readouterr().out
+    call(command(folder, *flags, runs=["random-0"]), monkeypatch)
+    assert len(scores(folder / "random-0")) == 2
+
+
+def test_what_a_run_knows_carries_over(folder, tmp_path, monkeypatch, capsys):
     """Which topic does a sentence have? Training rows and development rows share no word, so only
-    what pretraining knows about words can carry over. As SST-2, fine-tuned and frozen."""
+    what the weights know about words can carry over: here embeddings that tell the topics apart.
+    As SST-2, fine-tuned and frozen."""
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+
+    def knowing(bert):
+        for sign, vocabulary in zip((1, -1), TOPICS):
+            for word in vocabulary:
+                for i in tokenizer.encode(word):
+                    bert.token_embedding.weight.data[i, :8] += 0.2 * sign
+
+    make_run(tmp_path / "random-0", folder / "tokenizer.model", weights=knowing)
     rng = random.Random(3)
-    seen, unseen = slice(0, 30), slice(30, 60)
-    train = [(sentence(i % 2, rng, seen), "", str(i % 2)) for i in range(120)]
-    dev = [(sentence(i % 2, rng, unseen), "", str(i % 2)) for i in range(200)]
-    write_task(tmp_path, "SST-2", train)
-    text = (tmp_path / "SST-2" / "train.tsv").read_text().splitlines()[0]
-    lines = [text, *(f"{a}\t{y}" for a, _, y in dev)]
-    (tmp_path / "SST-2" / "dev.tsv").write_text("\n".join(lines) + "\n")
+    rows = [[(sentence(i % 2, rng, half), "", str(i % 2)) for i in range(n)]
+            for half, n in ((slice(0, 30), 120), (slice(30, 60), 200))]
+    write_task(tmp_path, "SST-2", rows[0], dev=rows[1])
     for flags in (["--epochs", "5"], ["--freeze"]):
         call(command(folder, "--tasks", "SST-2", "--glue-dir", tmp_path, "--json", *flags,
-                     runs=["random"]), monkeypatch)
+                     runs=[tmp_path / "random-0"]), monkeypatch)
         table, = json.loads(capsys.readouterr().out)
-        majority, floor, run = (row["tasks"]["SST-2"]["mean"]
-                                for row in (*table["floors"], *table["rows"]))
-        assert majority == 50 and abs(floor - 50) < 15  # cannot know the unseen words
+        majority, weights, run = (row["scores"]["SST-2"]["mean"] for row in table["rows"])
+        assert majority == 50 and abs(weights - 50) < 15  # cannot know the unseen words
         assert run > 90
 
 
@@ -225,65 +299,89 @@ def test_outputs_come_back_in_the_order_of_the_rows(monkeypatch):
     rows = rows_of([5, 31, 8, 8, 20, 3, 30])
     monkeypatch.setattr(glue, "EVAL_TOKENS", 60)
     seen = []
-    out = glue.over_rows(lambda tokens, types, attend: attend.sum(1, keepdim=True), rows, CPU,
-                         seen.extend)
-    assert out.squeeze(1).tolist() == [5, 31, 8, 8, 20, 3, 30] and len(seen) == 7
+
+    def lengths(part):
+        seen.append(len(part))
+        return glue.collate(part, CPU)[2].sum(1, keepdim=True)
+
+    out = glue.over_rows(lengths, rows, CPU)
+    assert out.squeeze(1).tolist() == [5, 31, 8, 8, 20, 3, 30]
+    assert sum(seen) == 7 and len(seen) > 1
 
 
-def options(**changes):
-    return SimpleNamespace(**{**dict(
-        epochs=1, batch_size=4, lr=1e-3, embedding_lr=1e-4, warmup_frac=0.1, weight_decay=0.0,
-        clip=1.0, pool_output="mean", freeze=False), **changes})
+RECIPE = Namespace(epochs=1, batch_size=4, lr=1e-3, embedding_lr=1e-4, warmup_frac=0.1,
+                   weight_decay=0.0, clip=1.0)
+HERE = SimpleNamespace(device=CPU, autocast=contextlib.nullcontext)
 
 
-def tune(outputs, labels, devs=(), **changes):
+def classifier(outputs):
     torch.manual_seed(0)
-    bert = Bert(Shape(99, 1, 64, 32, dropout=0.0))
-    before = {n: p.clone() for n, p in bert.state_dict().items()}
-    rows = rows_of([6 + i % 5 for i in range(len(labels))])
-    done = glue.fine_tune(bert, outputs, rows, labels, [rows, *devs], options(**changes), 1, CPU,
-                          torch.no_grad if changes.get("no_grad") else glue.contextlib.nullcontext,
-                          lambda rows, updates=0: None)
-    return done, before, bert
+    bert = Bert(Shape(99, 1, 64, 32))
+    torch.manual_seed(5)
+    return glue.Classifier(bert, outputs, "mean")
 
 
-def test_a_regression_is_learned_in_the_units_of_its_labels_correlation():
+def test_a_regression_is_learned_up_to_its_unit():
     labels = [float(i % 6) for i in range(30)]
-    (out,), _, _ = tune(1, labels, epochs=60)
+    rows, model = rows_of([6 + i % 5 for i in range(30)]), classifier(1)
+    glue.fine_tune(model, rows, labels, Namespace(**{**vars(RECIPE), "epochs": 60}), 1, HERE)
+    out = glue.predict(model, rows, HERE)
     assert out.shape == (30, 1)
-    measured = glue.measure(TASKS["STS-B"], [out], [SimpleNamespace(labels=labels)])
+    measured = measure(TASKS["STS-B"], [out], [SimpleNamespace(labels=labels)])
     assert measured["pearson"] > 90 and measured["spearman"] > 90
+    # Other units, the same training: the labels are standardised.
+    outputs = []
+    for unit in (1.0, 1000.0):
+        model = classifier(1)
+        glue.fine_tune(model, rows, [unit * y + unit for y in labels], RECIPE, 1, HERE)
+        outputs.append(glue.predict(model, rows, HERE))
+    torch.testing.assert_close(*outputs, rtol=0, atol=1e-3)
 
 
-def test_a_frozen_encoder_stays_bit_for_bit_and_a_free_one_does_not():
-    for freeze in (True, False):
-        (out,), before, bert = tune(2, [0, 1] * 10, freeze=freeze)
-        same = all(torch.equal(before[n], p) for n, p in bert.state_dict().items())
-        assert same == freeze and out.shape == (20, 2)
+@pytest.mark.parametrize("fit", [glue.fine_tune, glue.fit_head])
+def test_a_frozen_encoder_stays_bit_for_bit_and_a_free_one_does_not(fit):
+    model, rows = classifier(2), rows_of([6 + i % 5 for i in range(20)])
+    before = {n: p.clone() for n, p in model.bert.state_dict().items()}
+    fit(model, rows, [0, 1] * 10, RECIPE, 1, HERE)
+    same = all(torch.equal(before[n], p) for n, p in model.bert.state_dict().items())
+    assert same == (fit is glue.fit_head) and glue.predict(model, rows, HERE).shape == (20, 2)
+
+
+def test_a_frozen_encoder_gives_vectors_of_one_scale():
+    """fit_head by hand: one step on standardised vectors, then the scale goes into the layer."""
+    rows, labels = rows_of([6, 9, 12, 7]), torch.tensor([0, 1, 1, 0])
+    model, twin = classifier(2), classifier(2)
+    recipe = Namespace(**{**vars(RECIPE), "clip": 1e9})
+    glue.fit_head(model, rows, labels.tolist(), recipe, 1, HERE)
+    x = glue.vectors(twin.eval(), rows, HERE).detach()
+    z = (x - x.mean(0)) / x.std(0, correction=0)
+    adam = torch.optim.AdamW(twin.head.parameters(), lr=1e-3, eps=1e-6, weight_decay=0.0)
+    F.cross_entropy(twin.head(z), labels).backward()
+    adam.step()
+    torch.testing.assert_close(glue.predict(model, rows, HERE), twin.head(z), rtol=0, atol=2e-5)
 
 
 def test_a_loss_that_is_not_finite_ends_the_job_and_keeps_the_scores(folder, monkeypatch, capsys):
-    call(command(folder, "--tasks", "CoLA", "--epochs", "1", runs=["self"]), monkeypatch)
+    call(command(folder, "--tasks", "CoLA", "--epochs", "1", runs=["self-0"]), monkeypatch)
     with pytest.raises(SystemExit) as stop:
-        call(command(folder, "--tasks", "RTE", "--lr", "1e38", "--clip", "1e38", runs=["self"]),
+        call(command(folder, "--tasks", "RTE", "--lr", "1e38", "--clip", "1e38", runs=["self-0"]),
              monkeypatch)
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and "self, RTE, seed 0: the loss is not finite" in error
-    assert len(scores(folder / "self")) == 1
+    assert stop.value.code == 1 and "error: self-0, RTE, seed 0: the loss is not finite" in error
+    assert "finished scores are kept" in error and len(scores(folder / "self-0")) == 1
 
 
 def test_updates_are_those_of_torch():
-    """Four steps of fine_tune against plain ones: gradient, clipping, schedule, AdamW, decay, and
-    a tenth of the rate for the token embeddings."""
+    """Four steps of fine_tune against four written out: gradient, clipping, schedule, AdamW, decay,
+    and a tenth of the rate for the token embeddings."""
     labels = [0, 1, 1, 0]
     rows = rows_of([7, 7, 7, 7], 4)
+    model = classifier(2)
     torch.manual_seed(0)
-    bert = Bert(Shape(99, 1, 64, 32, dropout=0.0))
-    torch.manual_seed(0)
-    twin = Bert(Shape(99, 1, 64, 32, dropout=0.0))
-    glue.fine_tune(bert, 2, rows, labels, [], options(
-        epochs=4, warmup_frac=0.25, clip=0.01, weight_decay=0.1), 5, CPU,
-        glue.contextlib.nullcontext, lambda *_: None)
+    twin = Bert(Shape(99, 1, 64, 32))
+    glue.fine_tune(model, rows, labels, Namespace(**{
+        **vars(RECIPE), "epochs": 4, "warmup_frac": 0.25, "clip": 0.01, "weight_decay": 0.1}), 5,
+        HERE)
     torch.manual_seed(5)
     head = torch.nn.Linear(64, 2)
     torch.nn.init.normal_(head.weight, std=0.02)
@@ -291,10 +389,10 @@ def test_updates_are_those_of_torch():
     tokens = torch.tensor(np.stack([ids for ids, _ in rows]).astype(np.int64))
     types = torch.tensor([[0, 0, 0, 0, 1, 1, 1]] * 4)
     parameters = [*twin.parameters(), *head.parameters()]
-    words = twin.token_embedding.weight
-    groups = [{"params": [p for p in parameters if (p.dim() > 1) == decays and p is not words],
+    embeddings = twin.token_embedding.weight
+    groups = [{"params": [p for p in parameters if (p.dim() > 1) == decays and p is not embeddings],
                "weight_decay": 0.1 * decays} for decays in (True, False)]
-    groups.append({"params": [words], "weight_decay": 0.1})
+    groups.append({"params": [embeddings], "weight_decay": 0.1})
     adam = torch.optim.AdamW(groups, betas=(0.9, 0.999), eps=1e-6)
     for rate in (1e-3, 1e-3, 1e-3 * 2 / 3, 1e-3 / 3):  # one step of warm-up, then down to 0
         loss = F.cross_entropy(head(twin.encode(tokens, None, types).mean(1)), torch.tensor(labels))
@@ -304,88 +402,114 @@ def test_updates_are_those_of_torch():
         for p in parameters:
             if p.grad is not None:
                 p.grad *= 0.01 / norm
-        for group, share in zip(adam.param_groups, (1, 1, 0.1)):
-            group["lr"] = rate * share
+        for group, factor in zip(adam.param_groups, (1, 1, 0.1)):
+            group["lr"] = rate * factor
         adam.step()
-    for (name, p), q in zip(bert.named_parameters(), twin.parameters()):
+    for (name, p), q in zip(model.bert.named_parameters(), twin.parameters()):
         torch.testing.assert_close(p, q, rtol=0, atol=2e-5, msg=name)
 
 
-def test_the_floor_is_the_run_before_its_first_update(folder):
-    run = glue.open_subject(str(folder / "random"))
-    floor = glue.build(glue.make_floor(run, run.seed, folder), dropout=0.2)
+def test_random_weights_are_the_run_before_its_first_update(folder, tmp_path):
+    run = glue.open_run(str(folder / "random-0"))
+    weights, = glue.random_weights([run], tmp_path)
+    start = glue.build(weights, dropout=0.2)
     torch.manual_seed(run.seed)
-    start = Bert(run.shape)
-    for (name, p), q in zip(floor.named_parameters(), start.parameters()):
+    expected = Bert(run.shape)
+    for (name, p), q in zip(start.named_parameters(), expected.named_parameters()):
+        q = q[1]
         if name == "type_embedding.weight":
             q = q[:1].repeat(2, 1)
         assert torch.equal(p, q), name
-    assert floor.shape.dropout == 0.2 and glue.build(run, 0.3).shape.dropout == 0.3
-    log, config = read_log(folder / "random"), read_json(folder / "random" / "config.json")
-    assert run.margin == pytest.approx(0.9 * config["unigram_entropy"] - log[-1]["val_loss"])
-    assert glue.make_floor(run, 0, folder).model != glue.make_floor(run, 1, folder).model
+    assert start.shape.dropout == 0.2 and glue.build(run, 0.3).shape.dropout == 0.3
+    # One for each seed and shape, whatever the arm.
+    other = replace(run, arm="self", seed=1)
+    models = glue.random_weights([run, other, replace(other, arm="random")], tmp_path)
+    assert [m.seed for m in models] == [0, 1] and len({m.sha256 for m in models}) == 2
 
 
-def test_streams_differ_by_seed_and_task():
-    streams = {glue.stream_of(s, f, t) for s in range(5) for f in range(5) for t in TASKS}
-    assert len(streams) == 5 * 5 * 9
+def test_what_a_table_is_told_of_a_run(folder, tmp_path):
+    tokenizer = folder / "tokenizer.model"
+    make_run(tmp_path / "my-arm-7", tokenizer, 7, teacher="some/where", steps=3, batch_size=5)
+    run = glue.open_run(tmp_path / "my-arm-7")
+    assert (run.arm, run.seed, run.shape.width) == ("my-arm", 7, 64)
+    made = run.pretraining
+    assert made.margin == pytest.approx(0.9 * 6.0 - 4.0) and made.seconds == 9.5
+    assert made.tokens == 3 * 5 * 32 and set(made.start) == {"machine", "device", "dtype", "torch"}
+    # Paths are compared by what they are; how and where it was run is not in it.
+    assert made.experiment["corpus"] == "c" * 64 and made.experiment["teacher"] == 0
+    assert made.experiment["init_from"] == "" and made.experiment["flops_of"] is False
+    assert not {"seed", "out", "device", "log_every", "cache"} & set(made.experiment)
+    make_run(tmp_path / "other", tokenizer, 8, init_from="some/where")
+    assert glue.open_run(tmp_path / "other").arm == "other"
+    (tmp_path / "other" / "log.jsonl").write_text('{"step": 0}\n')
+    with pytest.raises(UserError, match="log.jsonl is damaged, or of another version"):
+        glue.open_run(tmp_path / "other")
 
 
-@pytest.mark.parametrize("flags, rates, floors", [  # by width: --lr, --embedding-lr
+def test_random_numbers_differ_by_seed_and_task():
+    numbers = {glue.seed_of(SimpleNamespace(seed=s), t, f)
+               for s in range(5) for f in range(5) for t in TASKS}
+    assert len(numbers) == 5 * 5 * 9
+
+
+@pytest.mark.parametrize("flags, of_runs, of_random_weights", [  # by width: --lr, --embedding-lr
     ([], {128: (1e-3, 1e-3), 256: (6e-4, 6e-5)}, {128: (5e-4, 5e-4), 256: (1.5e-4, 1.5e-4)}),
-    (["--lr", "2e-3"], {128: (2e-3, 2e-3), 256: (2e-3, 2e-4)}, {256: (2e-3, 2e-3)}),
-    (["--embedding-lr", "3e-4"], {128: (1e-3, 3e-4), 256: (6e-4, 3e-4)}, {256: (1.5e-4, 3e-4)}),
-    (["--freeze"], {128: (3e-3, 3e-3), 256: (3e-3, 3e-4)}, {256: (3e-3, 3e-3)})])
-def test_the_default_rates_follow_the_weights(flags, rates, floors, folder, monkeypatch, capsys):
-    monkeypatch.setattr("sys.argv", [str(x) for x in command(folder, *flags)])
-    a, _ = glue.parse_flags()
-    for is_floor, expected in ((False, rates), (True, floors)):
+    (["--lr", "2e-3"], {128: (2e-3, 2e-3), 256: (2e-3, 2e-4)}, {256: (1.5e-4, 1.5e-4)}),
+    (["--embedding-lr", "3e-4"], {128: (1e-3, 3e-4), 256: (6e-4, 3e-4)}, {128: (5e-4, 5e-4)}),
+    (["--freeze"], {128: (3e-3, 3e-3), 256: (3e-3, 3e-3)}, {256: (3e-3, 3e-3)})])
+def test_the_rates_follow_the_weights(flags, of_runs, of_random_weights, folder, monkeypatch):
+    args, _ = glue.parse_args([str(x) for x in command(folder, *flags)[1:]])
+    for pretraining, expected in ((True, of_runs), (None, of_random_weights)):
         for width, both in expected.items():
-            subject = SimpleNamespace(shape=Shape(99, 1, width), is_floor=is_floor)
-            recipe = glue.recipe_of(subject, a)
+            model = SimpleNamespace(shape=Shape(99, 1, width), pretraining=pretraining)
+            recipe = glue.recipe_of(model, args)
             assert (recipe["lr"], recipe["embedding_lr"]) == both
-            assert list(recipe) == glue.RECIPE_NAMES
+            assert list(recipe) == glue.RECIPE_NAMES and recipe["epochs"] == (
+                10 if "--freeze" in flags else 3)
     # What is kept beside a score is what it was made with.
-    call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self"]), monkeypatch)
-    assert [(e["recipe"]["lr"], e["recipe"]["embedding_lr"])
-            for e in scores(folder / "self")] == [rates[128]]
-    # Scores of before 2026-11-26, which had one rate for all, are those of equal rates.
-    if rates[128][0] == rates[128][1]:
-        saved = scores(folder / "self")
-        del saved[0]["recipe"]["embedding_lr"]
-        write_json(folder / "self" / "glue.json", {"scores": saved})
-        monkeypatch.setattr(glue, "fine_tune", None)
-        call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self"]), monkeypatch)
-        assert scores(folder / "self") == saved
+    call(command(folder, "--tasks", "RTE", "--epochs", "1", *flags, runs=["self-0"]), monkeypatch)
+    kept, = scores(folder / "self-0")
+    assert (kept["recipe"]["lr"], kept["recipe"]["embedding_lr"]) == of_runs[128]
 
 
 # --------------------------------------------------------------------------------------------------
 # faults and mistakes
 
 
-def test_a_killed_job_goes_on_where_it_was(folder, monkeypatch, capsys):
-    flags = ["--tasks", "CoLA,SST-2,MRPC,QNLI", "--epochs", "40"]
-    job = spawn([str(a) for a in command(folder, *flags)])
-    for _ in range(1200):
-        if (folder / "self" / "glue.json").exists() and len(scores(folder / "self")) >= 2:
-            break
-        time.sleep(0.05)
+def wait_for_scores(run, count, job):
+    for _ in range(2400):
+        if (run / "glue.json").exists() and len(scores(run)) >= count:
+            return
+        assert job.poll() is None, job.communicate()[0]
+        time.sleep(0.025)
+    raise AssertionError("no score in a minute")
+
+
+def test_a_job_that_was_stopped_goes_on_where_it_was(folder, monkeypatch, capsys):
+    flags = ["--tasks", "CoLA,SST-2,MRPC,QNLI", "--epochs", "20"]
+    run = folder / "self-0"
+    job = spawn(command(folder, *flags))
+    wait_for_scores(run, 1, job)
     job.kill()
     job.wait()
-    kept = scores(folder / "self")
+    job = spawn(command(folder, *flags))
+    wait_for_scores(run, 2, job)
+    job.send_signal(signal.SIGTERM)
+    out = job.communicate()[0]
+    assert job.returncode == 143 and "Traceback" not in out
+    assert out.splitlines()[-1] == (
+        "stopped; finished scores are kept: give the same command again to go on")
+    kept = scores(run)
     assert 2 <= len(kept) < 4
     call(command(folder, *flags), monkeypatch)
-    entries = scores(folder / "self")
-    assert entries[:len(kept)] == kept and len(entries) == 4  # nothing computed again, or lost
-    assert [e["task"] for e in entries] == ["CoLA", "SST-2", "MRPC", "QNLI"]
-    for run in ("random", "self"):  # and an uninterrupted job gives the same
-        for e in scores(folder / run):
-            assert e["seed"] == 0 and len([x for x in scores(folder / run)
-                                           if x["task"] == e["task"]]) == 1
-    (folder / "self" / "glue.json").unlink()
-    call(command(folder, *flags, runs=["self"]), monkeypatch)
-    assert [e["parts"] for e in scores(folder / "self")] == [e["parts"] for e in entries]
-    capsys.readouterr()
+    entries = scores(run)
+    assert entries[:len(kept)] == kept  # nothing computed again, or lost
+    for path in (run, folder / "random-0"):
+        assert [(e["task"], e["seed"]) for e in scores(path)] == [
+            (task, 0) for task in ("CoLA", "SST-2", "MRPC", "QNLI")]
+    (run / "glue.json").unlink()  # and an uninterrupted job gives the same
+    call(command(folder, *flags, runs=["self-0"]), monkeypatch)
+    assert [e["parts"] for e in scores(run)] == [e["parts"] for e in entries]
 
 
 @pytest.mark.parametrize("argv, message", [
@@ -397,51 +521,50 @@ def test_a_killed_job_goes_on_where_it_was(folder, monkeypatch, capsys):
     (["RANDOM", "--epochs", "x"], "invalid int value: 'x'"),
     (["RANDOM", "--max-len", "4"], "--max-len 4: must be at least 16"),
     (["RANDOM", "--dropout", "1"], "--dropout 1.0: must be from 0 to below 1"),
-    (["RANDOM", "--markdown", "--json"], "give --markdown or --json, not both"),
     (["RANDOM", "--tabel"], "unrecognized arguments: --tabel"),
+    (["RANDOM", "--baseline", "self"], "--baseline self: the arms are random$"),
     (["NOWHERE"], "is not a run folder"),
     (["RANDOM", "--glue-dir", "NOWHERE", "--tasks", "RTE"], "cannot read .*RTE/train.tsv"),
     (["RANDOM", "--table"], "nothing is scored yet"),
-    (["RANDOM", "RANDOM2", "--tasks", "RTE", "--epochs", "1"], "the same arm and seed"),
+    (["RANDOM", "COPY", "--tasks", "RTE", "--epochs", "1"],
+     "random-0 and .*copy/random-0 are both the arm random with seed 0"),
 ])
 def test_mistakes_are_one_line(argv, message, folder, monkeypatch, capsys):
-    if "RANDOM2" in argv:  # a run that was copied
-        (folder / "copy").mkdir(exist_ok=True)
-        for name in ("config.json", "tokenizer.model", "model.pt", "log.jsonl"):
-            (folder / "copy" / name).write_bytes((folder / "random" / name).read_bytes())
-    names = {"RANDOM": folder / "random", "RANDOM2": folder / "copy", "NOWHERE": folder / "nowhere"}
+    if "COPY" in argv:
+        shutil.copytree(folder / "random-0", folder / "copy" / "random-0", dirs_exist_ok=True)
+    names = {"RANDOM": folder / "random-0", "COPY": folder / "copy" / "random-0",
+             "NOWHERE": folder / "nowhere"}
     argv = ["glue.py", *(names.get(a, a) for a in argv)]
     if argv[1:] and "--glue-dir" not in argv:
         argv += ["--glue-dir", folder / "GLUE", "--cache", folder / "cache"]
-    assert re.search(message, refused(argv, monkeypatch, capsys).replace("\n", " "))
+    assert re.search(message, refused(argv, monkeypatch, capsys))
 
 
-def test_an_unfinished_run_is_refused_but_does_not_hide_a_table(folder, monkeypatch, capsys):
+def test_an_unfinished_run_does_not_hide_a_table(folder, tmp_path, monkeypatch, capsys):
     call(command(folder, "--tasks", "RTE", "--epochs", "1"), monkeypatch)
-    unfinished = folder / "unfinished"
-    unfinished.mkdir(exist_ok=True)
-    (unfinished / "config.json").write_bytes((folder / "self" / "config.json").read_bytes())
-    line = refused(command(folder, runs=["random", "unfinished"]), monkeypatch, capsys)
+    (tmp_path / "config.json").write_bytes((folder / "self-0" / "config.json").read_bytes())
+    line = refused(command(folder, runs=["random-0", tmp_path]), monkeypatch, capsys)
     assert "is not finished: continue with python train.py --resume" in line
-    call(command(folder, "--table", runs=["random", "unfinished"]), monkeypatch)
+    call(command(folder, "--table", runs=["random-0", tmp_path]), monkeypatch)
     out = capsys.readouterr()
     assert "left out: " in out.err and "random" in out.out
 
 
-def test_a_damaged_glue_json_or_a_run_in_use_is_refused(folder, monkeypatch, capsys):
-    path = folder / "self" / "glue.json"
+def test_a_damaged_glue_json_is_refused(folder, monkeypatch, capsys):
+    path = folder / "self-0" / "glue.json"
     for content in ("{", "[]", {"scores": 3}, {"scores": [{"task": "RTE"}]}):
         path.write_text(content) if isinstance(content, str) else write_json(path, content)
         before = path.read_bytes()
         line = refused(command(folder, "--tasks", "RTE"), monkeypatch, capsys)
         assert "is damaged" in line and path.read_bytes() == before
     path.unlink()
-    gc.collect()
-    lock = lock_folder(folder / "self")
-    assert "in use by another process" in refused(command(folder), monkeypatch, capsys)
+
+
+def test_commands_side_by_side_wait_for_one_another(folder):
+    lock = lock_folder(folder / "self-0")
+    job = spawn(command(folder, "--tasks", "RTE", "--epochs", "1", runs=["self-0"]))
+    line = next(line for line in job.stdout if "waiting" in line)
+    assert "waiting for another process: it fine-tunes self-0, too" in line
+    assert not (folder / "self-0" / "glue.json").exists()
     lock.close()
-
-
-def test_help_comes_before_torch():
-    text = spawn(["-X", "importtime", "glue.py", "--help"]).communicate()[0]
-    assert "--freeze" in text and "data.tasks" in text and "torch._C" not in text
+    assert "| RTE " in job.communicate()[0] and len(scores(folder / "self-0")) == 1
