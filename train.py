@@ -29,12 +29,13 @@ from torch import nn
 
 import masking
 from data import corpus
-from data.files import UserError, catch_signals, progress, run_script
+from data.files import UserError, catch_signals, out_of_memory, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
 from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    WITHOUT_CONTEXT, Run, State, check_new, load_text, open_earlier, read_config, resume_command,
+    WITHOUT_CONTEXT, Run, State, check_new, less_memory, load_text, open_earlier, read_config,
+    resume_command,
 )
 from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flops, load
 
@@ -44,8 +45,7 @@ from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flo
 FLAGS = {
     "Run": [
         ("out", "", "path", "run folder, never overwritten (default runs/<masking>-<seed>)"),
-        ("seed", 0, "below 2^63", "decides initial weights, data order, masks and dropout: pair "
-         "arms by it"),
+        ("seed", 0, "below 2^63", "of initial weights, data order and masks: pair arms by it"),
     ],
     "Data": [
         ("corpus", "docs", "path", "docs: the English in your Python, torch and numpy; wikitext2, "
@@ -59,69 +59,57 @@ FLAGS = {
         ("size", "tiny", tuple(SIZES), "layers and width, as python model.py lists them"),
         ("layers", 0, "0 or more", "overrides --size; 0: as the size says"),
         ("width", 0, "0 or more", "overrides --size, a multiple of 64; 0: as the size says"),
-        ("positions", "rotary", ("rotary", "learned"), "rotary leaves the plateau early; learned "
-         "is BERT as published"),
+        ("positions", "rotary", ("rotary", "learned"), "learned is BERT as published"),
         ("rotary-base", 100.0, "above 0", "frequency base of rotary positions; small is local"),
-        ("local-start", 1.0, "0 or more", "initial query and key bias with rotary positions; 0: "
-         "off"),
-        ("init-std", 0.05, "above 0", "standard deviation of the initial weights; BERT's is 0.02"),
-        ("dropout", 0.0, "from 0 to below 1", "on embeddings, attention and block outputs; BERT's "
-         "is 0.1"),
-        ("init-from", "", "path", "start from the weights of this finished run (every second layer "
+        ("local-start", 1.0, "0 or more", "initial query and key bias, with rotary; 0: off"),
+        ("init-std", 0.05, "above 0", "deviation of the initial weights; BERT: 0.02"),
+        ("dropout", 0.0, "from 0 to below 1", "on embeddings, attention, block outputs; BERT: 0.1"),
+        ("init-from", "", "path", "begin with the weights of this finished run (every second layer "
          "of a deeper one); optimiser, schedule and step are new"),
     ],
     "Masking": [
-        ("masking", "self", tuple(masking.MASKING), "anywhere, by the uncertainty of a --teacher, "
-         "or by the model's own"),
+        ("masking", "self", tuple(masking.MASKING), "anywhere; where a --teacher is uncertain; "
+         "where the model itself is"),
         ("teacher", "", "path", "finished run that is asked (--masking entropy) and that teaches "
          "(--distill): the paper's external reference model"),
         ("select", "mix", (*masking.SELECT, "rise"), "which entropies: highest, lowest, nearest "
-         "the row's median, drawn in proportion, half highest and half random; rise: low at first, "
-         "high in the end"),
-        ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "what the model that is "
-         "asked reads: all candidates masked, the text as it is, or nothing (a running mean per "
-         "vocabulary item)"),
-        ("pool", 2, "0 or more", "candidates: a random pool of so many times the masked count; 0: "
-         "all tokens"),
+         "the row's median, in proportion, half highest and half random; low first, high last"),
+        ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "who is asked reads: the "
+         "text without the candidates; the text; nothing (a running mean per vocabulary item)"),
+        ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),
         ("static", False, None, "a block is masked at the same places in every epoch"),
         ("mask-rate", 0.15, "above 0 and at most 1", "share of the tokens that are masked"),
-        ("mask-rate-end", None, "above 0 and at most 1", "rate at the end, reached linearly "
-         "(default: constant)"),
+        ("mask-rate-end", None, "above 0 and at most 1", "reached linearly (default: constant)"),
     ],
     "Distillation": [
-        ("distill", "off", ("off", "complete", "after-init"), "learn from the --teacher too: "
+        ("distill", "off", ("off", "complete", "after-init"), "learn from the --teacher, too: "
          "never, always, or after --init-frac"),
-        ("alpha", 0.5, "above 0 and at most 1", "weight of the teacher's predictions against the "
-         "true tokens"),
+        ("alpha", 0.5, "above 0 and at most 1", "weight of the teacher against the true tokens"),
         ("tau", 2.0, "above 0", "temperature of both distributions"),
     ],
     "Optimisation": [
         ("steps", 2500, "above 0", "updates in the whole run"),
-        ("flops-of", "", "path", "train for the FLOPs that this finished run spent, instead of "
-         "--steps"),
+        ("flops-of", "", "path", "instead of --steps: the FLOPs that this finished run spent"),
         ("batch-size", 16, "above 0", "blocks in an update: part of the method"),
         ("lr", None, "above 0", "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
         ("warmup-frac", 0.05, "from 0 to below 1", "share of the run over which the rate rises"),
         ("decay-frac", 1.0, "from 0 to 1", "share of the run, its end, over which the rate falls "
          "to 0; 1: from the warm-up on; 0: it never falls"),
-        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings; biases and LayerNorm "
-         "have none"),
+        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings, not of vectors"),
         ("clip", 1.0, "above 0", "largest norm of the gradient"),
     ],
     "Machine": [
         *MACHINE_FLAGS,
-        ("micro-batch", 0, "0 or more", "blocks in a forward: memory, dropout draws; divides the "
-         "batch; 0: all"),
+        ("micro-batch", 0, "0 or more", "blocks in a forward, for less memory; divides the batch"),
         ("compile", False, None, "torch.compile the training forward (not bit for bit)"),
         ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
          "where prepared corpora are kept"),
     ],
     "Log": [
         ("log-every", 10, "above 0", "steps between log lines"),
-        ("eval-every", 250, "0 or more", "steps between evaluations on held-out text; 0: start "
-         "and end only"),
+        ("eval-every", 250, "0 or more", "steps between evaluations; 0: at start and end only"),
         ("eval-blocks", 1024, "above 0", "held-out blocks in an evaluation"),
         ("checkpoint-every", 250, "above 0", "steps between checkpoints"),
     ],
@@ -171,22 +159,21 @@ def check_flags(args, given):
     most *= max(1, args.pool) if asking else 1
     for wrong, message in (
         (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
-        (not asking and given & {"select", "score_input", "pool"}, "--select, --score-input and "
-         "--pool are about entropies, and --masking random uses none: leave them out"),
-        (not asking and args.init_frac and args.distill != "after-init", "--init-frac with "
-         "--masking random means something only with --distill after-init"),
+        (not asking and given & {"select", "score_input", "pool"},
+         "--select, --score-input and --pool need entropies: --masking self or entropy"),
+        (not asking and args.init_frac and args.distill != "after-init",
+         "--init-frac with --masking random means something only with --distill after-init"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
         (asking and not args.pool and args.score_input == "masked", "--pool 0 with --score-input "
-         "masked would mask whole rows: give --pool 2, or --score-input unmasked"),
-        (args.masking == "entropy" and args.score_input == "vocabulary", "--score-input "
-         "vocabulary is learned from the model in training: use it with --masking self"),
+         "masked would hide whole rows: give --pool 2, or --score-input unmasked"),
+        (args.masking == "entropy" and args.score_input == "vocabulary",
+         "--score-input vocabulary is learned by the model in training: use --masking self"),
         ((args.masking == "entropy" or teaching) and not args.teacher, "--masking entropy and "
-         "--distill need --teacher RUN: a finished run, such as one of  python train.py --masking "
-         "random"),
-        (args.teacher and args.masking != "entropy" and not teaching, "nothing uses --teacher: "
-         "add --masking entropy or --distill complete"),
-        (args.distill == "after-init" and not args.init_frac, "--distill after-init begins where "
-         "--init-frac ends: give it a value above 0"),
+         "--distill need --teacher RUN, for example one of  python train.py --masking random"),
+        (args.teacher and args.masking != "entropy" and not teaching,
+         "nothing uses --teacher: add --masking entropy or --distill complete"),
+        (args.distill == "after-init" and not args.init_frac,
+         "--distill after-init begins where --init-frac ends: give it a value above 0"),
         (not teaching and given & {"alpha", "tau"}, "--alpha and --tau need --distill"),
         (args.positions == "learned" and given & {"rotary_base", "local_start"},
          "--rotary-base and --local-start need --positions rotary"),
@@ -521,8 +508,9 @@ def main():
               "is intact, but a lower --lr is needed", file=sys.stderr)
         sys.exit(1)
     except (MemoryError, RuntimeError) as error:
-        micro = args.micro_batch or args.batch_size // WORLD
-        raise machine.without_memory(error, micro, run.path) or error
+        if not out_of_memory(error):
+            raise
+        raise less_memory(run.path, args.micro_batch or args.batch_size // WORLD)
     bar.close()
     machine.leave()  # after process 0 has saved: torchrun ends the others when one is gone
     if stopping:

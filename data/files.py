@@ -68,12 +68,22 @@ def run_script(main):
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             message += ("; what is on disk is whole: make room, then give the command again "
                         "(train.py: with --resume)")
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        message = "error: not enough memory: give a smaller --batch-size or --micro-batch"
     except KeyboardInterrupt:
         message = "\ninterrupted: nothing that was finished is lost"
     for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to a bar
         bar.close()
     print(message, file=sys.stderr)
     sys.exit(130 if message[0] == "\n" else 2)
+
+
+def out_of_memory(error):
+    """Is this what Python or torch raises where there is no memory left?"""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))
 
 
 def progress(*args, **kwargs):

@@ -12,7 +12,6 @@ import ctypes
 import os
 import platform
 import resource
-import shlex
 import shutil
 import sys
 from datetime import timedelta
@@ -110,16 +109,6 @@ class Machine:
             raise UserError("--compile needs a C++ compiler, for example g++, and there is none: "
                             "install one, or leave the flag out")
         return torch.compile(model)
-
-    def without_memory(self, error, blocks, run):
-        """A UserError if `error` is what torch or Python raises where there is no memory for so
-        many blocks of a `run` at once, else None."""
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and (
-                "can't allocate memory" not in str(error)):
-            return None
-        fewer = next((blocks // n for n in (16, 8, 4, 2, 3, 5) if blocks % n == 0), 1)
-        return UserError(f"not enough memory for {blocks} blocks at once: go on with  python "
-                         f"train.py --resume {shlex.quote(str(run))} --micro-batch {fewer}")
 
     # ---- several processes: where there is one, these do nothing
 

@@ -45,6 +45,13 @@ def resume_command(run):
     return f"python train.py --resume {shlex.quote(str(run))}"
 
 
+def less_memory(run, blocks):
+    """A UserError for a run that had no memory for so many blocks at once."""
+    fewer = next((blocks // n for n in (16, 8, 4, 2, 3, 5) if blocks % n == 0), 1)
+    return UserError(f"not enough memory for {blocks} blocks at once: go on with  "
+                     f"{resume_command(run)} --micro-batch {fewer}")
+
+
 def check_new(run):
     """UserError for a folder in which a new run would overwrite something."""
     if (run / "config.json").exists():
