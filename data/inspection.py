@@ -10,7 +10,6 @@ forward per token. Entropies are in nats.
 
 import os
 import sys
-from functools import partial
 from html import escape
 from pathlib import Path
 from string import Template
@@ -18,11 +17,13 @@ from string import Template
 import numpy as np
 import torch
 
-from data.files import UserError, load_tensors, read_json, write_atomic
+from data.files import UserError, load_tensors, write_atomic
 from data.metrics import spearman
+from data.runs import read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from masking import (
-    MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, draw, entropy, mask_count, uncertainty,
+    MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, choose_at_random, draw, entropy,
+    mask_count, uncertainty,
 )
 from model import load
 
@@ -68,12 +69,11 @@ def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
     rank_correlation   Spearman of the `free` scores, a VocabularyMean, with fresh masked entropies
     """
     noise = [draw(DIAGNOSIS_SEED, i, *tokens.shape).to(tokens.device) for i in range(3)]
-    anywhere = partial(MASKING["random"], None, None, None)
     model.eval()
     chosen, again = choose_now(tokens, noise[0]), choose_now(tokens, noise[1])
     maskable = tokens >= N_SPECIAL
     pairs = {"entropy": [], "accuracy": []}
-    for positions in (chosen, choose(tokens, k, anywhere, "high", 0, noise[2])):
+    for positions in (chosen, choose_at_random(tokens, k, noise[2])):
         inputs = tokens.scatter(1, positions, MASK)
         pairs["entropy"].append(uncertainty(model, inputs, positions).mean().item())
         with torch.inference_mode():
@@ -93,7 +93,7 @@ def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
         report["dose"] = dose(model, tokens[:DOSE_BLOCKS], chosen[:DOSE_BLOCKS])
     if free:
         c = min(2 * k, maskable.sum(1).min().item())
-        places = choose(tokens, c, anywhere, "high", 0, noise[2])
+        places = choose_at_random(tokens, c, noise[2])
         fresh = SCORE_INPUT["masked"](model, tokens, places)
         report["rank_correlation"] = spearman(free(model, tokens, places), fresh)
     return report
@@ -293,15 +293,9 @@ def html_page(rows, title, most):
 def demonstrate(args):
     """Do what `python masking.py RUN "sentence"` promises: args has run, sentence, mask_rate, seed
     and html. UserError for everything that the user can put right."""
-    if not args.run or not Path(args.run).is_dir():
-        raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
-                        "A run is made in minutes by  python train.py --masking self")
     if not 0 < args.mask_rate <= 0.5 or args.seed < 0:
         raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
     model, tokenizer = load(args.run)
-    if not args.sentence:
-        raise UserError(f'give a sentence:  python masking.py {args.run} '
-                        '"The function returns it."')
     strategies = strategies_of(args.run, model)
     rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
     most = max(1.0, np.ceil(max(row["alone"] for row in rows)))
@@ -319,8 +313,8 @@ def demonstrate(args):
 
 def strategies_of(run, model):
     """STRATEGIES, and `vocabulary` for a run that has kept means for every vocabulary item."""
-    if read_json(Path(run) / "config.json")["flags"].get("score_input") != "vocabulary":
+    if read_config(run)["flags"].get("score_input") != "vocabulary":
         return STRATEGIES
     free = VocabularyMean(model.shape.vocab_size)
-    free.mean, free.seen = load_tensors(Path(run) / "checkpoint.pt")["vocabulary"]
+    free.load_state(load_tensors(Path(run) / "checkpoint.pt")["free"])
     return {**STRATEGIES, "vocabulary": ("self", free, "high", 2)}

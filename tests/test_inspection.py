@@ -1,0 +1,288 @@
+"""What a strategy masks, on a model and a run made by hand.
+
+    python -m pytest tests/test_inspection.py -q
+"""
+
+import re
+import runpy
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import masking as M
+from data import corpus as corpora
+from data.files import save_tensors, sha256_file, write_json
+from data.inspection import (
+    DIAGNOSIS_SEED, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour, print_doses,
+    report_doses, standardise, strategies_of, token_kinds,
+)
+from data.runs import config_sha256, read_config
+from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from model import Bert, Shape, load
+from tests.test_data import write_corpus
+
+ROOT = Path(__file__).parent.parent
+SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
+V, T = 300, 34
+
+
+def rows_of(n, length=T):
+    """(n, length) tokens between [CLS] and [SEP], with a [SEP] inside every second row."""
+    tokens = torch.randint(N_SPECIAL, V, (n, length), generator=torch.Generator().manual_seed(0))
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    tokens[::2, 7] = SEP
+    return tokens
+
+
+def small_model(init_std=0.3):
+    torch.manual_seed(0)
+    return Bert(Shape(V, 2, 64, T, init_std=init_std))
+
+
+def entropy_alone(model, row, place):
+    """Nats, in float64, by the definition: one token masked, everything else as it is."""
+    masked = row.clone()
+    masked[place] = MASK
+    with torch.no_grad():
+        p = model(masked[None])[0, place].double().softmax(-1)
+    return -(p * p.log()).sum().item()
+
+
+def write_config(run, flags, tokenizer_sha256="", unigram_entropy=6.0):
+    """A config.json as train.py writes it."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {
+        "flags": flags, "corpus_sha256": "", "tokenizer_sha256": tokenizer_sha256,
+        "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "flops": 1, "teacher_flops": 0,
+        "unigram_entropy": unigram_entropy, "starts": []})
+
+
+def save_run(run, model, tokenizer_path, **flags):
+    """A finished run folder as train.py leaves it."""
+    write_config(run, flags, sha256_file(tokenizer_path))
+    (run / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict(),
+                                    "config_sha256": config_sha256(read_config(run))})
+    return run
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("inspection")
+    source = write_corpus(folder / "text.txt")
+    text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
+    torch.manual_seed(0)
+    return save_run(folder / "run", Bert(Shape(600, 2, 64, 64, init_std=0.3)), text.tokenizer_path)
+
+
+def call(monkeypatch, *argv):
+    monkeypatch.setattr(sys, "argv", ["masking.py", *map(str, argv)])
+    runpy.run_path(str(ROOT / "masking.py"), run_name="__main__")
+
+
+# ---- for the log
+
+
+def test_the_diagnosis_of_a_known_strategy():
+    """A strategy that takes the numbers: their share is 1, and it repeats itself."""
+    model, tokens = small_model(), rows_of(10)
+    pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
+    kinds = token_kinds(pieces, np.arange(V))
+    for kind, which in (("rare", range(100)), ("frequent", range(200, 300))):
+        assert kinds[kind].nonzero().flatten().tolist() == list(which)
+    H = kinds["number"].float()[tokens]
+    ordinary = tokens >= N_SPECIAL
+    k = int((H * ordinary).sum(1).min())
+
+    def choose_now(tokens, noise):
+        return M.choose(tokens, k, lambda t, places: H.gather(1, places), "high", 0, noise)
+
+    found = diagnose(model, tokens, k, choose_now, kinds)
+    assert not model.training and "dose" not in found and "rank_correlation" not in found
+    share = (tokens[ordinary] % 3 == 0).float().mean().item()
+    assert found["number"] == pytest.approx([1.0, share])
+    share = (tokens[ordinary] % 3 == 2).float().mean().item()
+    assert found["word_internal"] == pytest.approx([0.0, share])
+    masked_share = 10 * k / ordinary.sum().item()
+    assert found["rate"] == pytest.approx(masked_share)
+    assert found["overlap"][1] == pytest.approx(masked_share)
+    assert found["overlap"][0] > 2 * masked_share
+    chosen = choose_now(tokens, M.draw(DIAGNOSIS_SEED, 0, 10, T))
+    assert H.gather(1, chosen).all()
+    pairs = [a + 1 == b for row in chosen.tolist() for a, b in zip(row, row[1:])]
+    assert found["neighbour"] == pytest.approx(sum(pairs) / chosen.numel()) and sum(pairs)
+    with torch.no_grad():
+        logits = model(tokens.scatter(1, chosen, MASK), chosen)
+    p, answers = logits.double().softmax(-1), tokens.gather(1, chosen)
+    assert found["entropy"][0] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-4)
+    assert found["accuracy"][0] == (logits.argmax(-1) == answers).float().mean().item()
+
+
+def test_the_dose_is_that_of_a_loop():
+    """Token by token, row by row; more than a batch of forwards, [SEP]s inside."""
+    model, tokens = small_model().eval(), rows_of(4)
+    positions = torch.tensor([[1, 2, 9], [4, 8, 30], [3, 15, 16], [10, 20, 21]])
+    amounts = []
+    for row, chosen in zip(tokens, positions.tolist()):
+        H = {t: entropy_alone(model, row, t) for t in range(T) if row[t] >= N_SPECIAL}
+        mean, deviation = np.mean(list(H.values())), np.std(list(H.values()))
+        amounts += [(H[t] - mean) / deviation for t in chosen]
+    assert dose(model.train(), tokens, positions) == pytest.approx(np.mean(amounts), abs=1e-4)
+    assert neighbour(positions) == pytest.approx(3 / 12)
+    kinds = token_kinds(["▁a"] * V, np.ones(V))
+    found = diagnose(model, tokens, 3, lambda tokens, noise: positions, kinds, with_dose=True)
+    assert found["dose"] == pytest.approx(np.mean(amounts), abs=1e-4)
+
+
+def test_there_is_no_dose_where_entropies_hardly_differ():
+    model, tokens = small_model(init_std=1e-3), rows_of(3)
+    assert dose(model, tokens, torch.tensor([[1, 2], [3, 4], [5, 6]])) is None
+    reports = report_doses(model, tokens, {})
+    assert reports[0]["rule"] == "exact" and reports[0]["dose"] == [None, None]
+    flat = torch.tensor([[np.nan, 2.0, 2.0, np.nan], [np.nan, 1.0, 3.0, np.nan]])
+    assert standardise(flat).tolist() == [[0, 0, 0, 0], [0, -1, 1, 0]]  # a row without any
+
+
+def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
+    model, tokens = small_model(), rows_of(120)
+    reports = report_doses(model, tokens, STRATEGIES)
+    print_doses(reports)
+    by_rule = {report["rule"]: report for report in reports}
+    assert list(by_rule) == [*STRATEGIES, "exact"]
+    for i, k in enumerate((5, 10)):
+        doses = {rule: report["dose"][i] for rule, report in by_rule.items()}
+        assert doses["exact"] == max(doses.values()) and doses["low"] == min(doses.values())
+        assert doses["high"] > doses["mix"] > doses["random"] + 0.05 and abs(doses["random"]) < 0.1
+        H = exact_entropy(model, tokens).nan_to_num(-1)
+        best = H.topk(k).indices.sort(1).values
+        assert by_rule["exact"]["neighbour"][i] == pytest.approx(neighbour(best))
+        assert by_rule["exact"]["rank_correlation"][i] == pytest.approx(1)
+        assert by_rule["random"]["rank_correlation"][i] == 0
+        assert 0.1 < by_rule["high"]["rank_correlation"][i] < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(reports) and f"| {reports[0]['dose'][0]:+.2f} |" in lines[2]
+
+
+def test_the_rank_correlation_of_a_free_score():
+    """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
+    """
+    model, tokens = small_model(), rows_of(8)
+    kinds = token_kinds(["▁a"] * V, np.ones(V))
+    free = M.VocabularyMean(V)
+
+    def choose_now(tokens, noise):
+        return M.choose(tokens, 5, lambda t, places: free(model, t, places), "high", 2, noise)
+
+    assert diagnose(model, tokens, 5, choose_now, kinds, free)["rank_correlation"] == 0
+    free.mean[:] = 0
+    for row, H in zip(tokens, exact_entropy(model, tokens)):
+        free.mean[row] = torch.where(row >= N_SPECIAL, H, free.mean[row])
+    assert diagnose(model, tokens, 5, choose_now, kinds, free)["rank_correlation"] > 0.2
+
+
+# ---- one sentence
+
+
+def test_exact_entropy_is_one_token_masked_at_a_time(run):
+    model, tokenizer = load(run)
+    tokens = torch.tensor([CLS, *tokenizer.encode(SENTENCE), SEP])
+    H = exact_entropy(model, tokens[None])[0]
+    assert H[0].isnan() and H[-1].isnan()
+    for i in (1, 4, len(tokens) - 2):
+        assert H[i].item() == pytest.approx(entropy_alone(model, tokens, i), abs=1e-4)
+
+
+def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, capsys):
+    call(monkeypatch, run, SENTENCE, "--mask-rate", "0.2")
+    out = capsys.readouterr().out
+    model, tokenizer = load(run)
+    rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.2, 0)
+    k = round(0.2 * len(rows))
+    assert "\033" not in out  # not a terminal: no colour
+    assert list(STRATEGIES) == ["random", "high", "low", "mid", "sample", "mix", "unmasked"]
+    for name in STRATEGIES:
+        assert sum(row["masked"][name] for row in rows) == k
+    pool = {i for i, row in enumerate(rows) if row["pool"] is not None}
+    assert len(pool) == 2 * k
+    for where, name, among in ("pool", "high", pool), ("unmasked", "unmasked", range(len(rows))):
+        best = sorted(among, key=lambda i: -rows[i][where])[:k]
+        assert {i for i, row in enumerate(rows) if row["masked"][name]} == set(best)
+    tokens = torch.tensor([[CLS, *tokenizer.encode(SENTENCE), SEP]])
+    exact = exact_entropy(model, tokens)[0, 1:-1].tolist()
+    assert [row["alone"] for row in rows] == pytest.approx(exact, abs=1e-4)
+    table = out.split("best guesses")[1].rstrip().splitlines()[1:]
+    assert len(table) == len(rows)
+    for row in rows:
+        guesses = row["guesses"]
+        assert f"[{row['alone']:.1f}]" in out and len(guesses) == 5
+        assert sum(p for _, p in guesses) <= 1.0001
+        assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
+
+
+def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, capsys, tmp_path):
+    model, tokenizer = load(run)
+    save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary")
+    ids = tokenizer.encode("the model reads every token")
+    free = M.VocabularyMean(600)
+    free.mean[:] = 0
+    free.mean[ids[3]] = 5.0
+    save_tensors(tmp_path / "checkpoint.pt", {"free": free.state()})
+    call(monkeypatch, tmp_path, "the model reads every token")
+    assert re.search(r"alone .* unmasked vocabulary ", capsys.readouterr().out)
+    strategies = strategies_of(tmp_path, model)
+    assert strategies["vocabulary"][1].mean[ids[3]] == 5
+    strategies["vocabulary"] = (*strategies["vocabulary"][:3], 0)  # all tokens are candidates
+    rows = explain(model, tokenizer, "the model reads every token", strategies, 0.1, 0)
+    assert [row["masked"]["vocabulary"] for row in rows] == [i == 3 for i in range(len(rows))]
+
+
+def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    call(monkeypatch, run, SENTENCE)
+    assert "\033[48;2;" in capsys.readouterr().out
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("NO_COLOR", "1")
+    call(monkeypatch, run, SENTENCE)
+    assert "\033" not in capsys.readouterr().out
+
+
+def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
+    page = tmp_path / "a page.html"
+    call(monkeypatch, run, SENTENCE, "--html", page)
+    html = page.read_text()
+    assert "&lt;" in html and "&amp;" in html and "<every>" not in html
+    assert "prefers-color-scheme: dark" in html
+    assert not re.search(r"(src|href)=|@import|url\(", html)
+    model, tokenizer = load(run)
+    rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.15, 0)
+    k = round(0.15 * len(rows))
+    assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(STRATEGIES)
+    assert "$" not in html  # every placeholder was filled
+    call(monkeypatch, run, SENTENCE, "--html", page)  # its own page may be made anew
+    page.write_text("a diary")
+    with pytest.raises(SystemExit):
+        call(monkeypatch, run, SENTENCE, "--html", page)
+    assert page.read_text() == "a diary"
+    assert "name another" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv, message", [
+    ([], "python train.py --masking self"),
+    (["RUN"], "give a run folder and a sentence"),
+    (["RUN", "a"], "from 2 to 62"),
+    (["RUN", "token " * 100], "from 2 to 62"),
+    (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
+    (["RUN", "the model reads", "--html", "/"], "name another"),
+    (["RUN", "the", "model", "reads"], "unrecognized arguments"), (["a sentence"], "give a run"),
+    (["nowhere", "a b c d"], "not a run folder"), ([ROOT, "a b c d"], "not a run folder"),
+])
+def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(monkeypatch, *[run if a == "RUN" else a for a in argv])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
