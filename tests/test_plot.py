@@ -1,0 +1,142 @@
+"""Pictures, read back as XML.   python -m pytest tests/test_plot.py -q"""
+
+import json
+from xml.etree import ElementTree
+
+import pytest
+
+from data import plot
+from data.files import UserError
+from tests.test_inspection import write_config
+
+LEVELS = {"plateau": 5.4, "unigram entropy": 6.0}
+TABLE = {"title": "2 layers", "baseline": "random", "rows": [
+    {"name": "majority class"}, {"name": "random", "ends": {}},
+    {"name": "self <high>", "against": {
+        "primary": {"difference": 1.0, "low": -1.0, "high": 3.0, "seeds": [0, 1], "p_t": 0.2}}},
+    {"name": "no pairs", "against": {"primary": None}},
+    {"name": "random weights", "against": {
+        "primary": {"difference": -4.0, "low": -5.0, "high": -3.0, "seeds": [0, 1], "p_t": 0.1},
+        "glue": {"difference": -9.0, "low": -9.5, "high": -8.5, "seeds": [0, 1], "p_t": 0.1}}}]}
+
+
+def elements(picture, kind, css=""):
+    return [e for e in ElementTree.fromstring(picture).iter()
+            if e.tag.endswith(kind) and css in e.get("class", "")]
+
+
+def points_of(line):
+    return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
+
+
+def make_run(folder, losses, tokenizer="t", entropy=6.0):
+    write_config(folder, {}, tokenizer, entropy)
+    lines = [{"step": i, "tokens": 1000 * i, "val_loss": loss} if loss else
+             {"step": i, "tokens": 1000 * i, "train_loss": 9.0} for i, loss in enumerate(losses)]
+    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+def test_runs_of_one_arm_are_a_mean_over_their_lines(tmp_path):
+    runs = [make_run(tmp_path / "self-high-0", [9.0, None, 5.0, 4.0]),
+            make_run(tmp_path / "self-high-12", [8.0, 5.5, 4.0]),
+            make_run(tmp_path / "random", [9.0, 6.0, 4.5])]
+    arms, levels = plot.curves(runs)
+    assert levels == {"plateau: no context used": pytest.approx(5.4), "unigram entropy": 6.0}
+    assert arms["random"] == [[(0, 9.0), (1000, 6.0), (2000, 4.5)]]
+    assert plot.mean_curve(arms["self-high"]) == [(0, 8.5), (2000, 4.5)]
+    picture = plot.draw_curves(arms, levels, unit=1e3)
+    thin, mean = elements(picture, "polyline", "arm0")[:2], elements(picture, "polyline", "arm0")[2]
+    assert len(elements(picture, "polyline", "arm0")) == 3 and all(e.get("opacity") for e in thin)
+    assert len(elements(picture, "polyline", "arm1")) == 1  # one run: no thin line below it
+    (x0, y0), (x1, y1) = points_of(mean)
+    assert points_of(thin[0])[1] == pytest.approx((x1, points_of(thin[0])[1][1]))
+    (_, plateau), _ = points_of(elements(picture, "polyline", "soft")[0])
+    assert (y0 - plateau) / (y1 - plateau) == pytest.approx((8.5 - 5.4) / (4.5 - 5.4), abs=0.01)
+    labels = [e.text for e in elements(picture, "text")]
+    assert {"self-high 4.50", "random 4.50", "unigram entropy 6.00", "0", "2"} <= set(labels)
+
+
+def test_losses_that_cannot_be_compared_are_not_drawn(tmp_path):
+    first = make_run(tmp_path / "random-0", [9.0, 5.0])
+    with pytest.raises(UserError, match="different tokenizers"):
+        plot.curves([first, make_run(tmp_path / "b-0", [9.0, 5.0], tokenizer="u")])
+    assert plot.curves([first, make_run(tmp_path / "c-0", [9.0, 5.0], entropy=6.2)])[1] == {}
+    with pytest.raises(UserError, match="no two evaluations"):
+        plot.curves([first, make_run(tmp_path / "d-0", [9.0, None])])
+
+
+def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
+    groups = plot.differences([TABLE])
+    assert groups == [("2 layers: primary endpoint, difference to random",
+                       [("self <high>", 1.0, -1.0, 3.0), ("random weights", -4.0, -5.0, -3.0)])]
+    picture = plot.draw_differences(groups)
+    bars = [points_of(e) for e in elements(picture, "polyline", "arm0")]
+    dots = [float(e.get("cx")) for e in elements(picture, "circle")]
+    (zero, _), _ = points_of(elements(picture, "polyline", "ink")[0])
+    point = dots[0] - zero
+    assert [x - zero for x in dots] == pytest.approx([point, -4 * point], abs=0.5)
+    ends = [x - zero for bar in bars for x, _ in bar]
+    assert ends == pytest.approx([-point, 3 * point, -5 * point, -3 * point], abs=0.5)
+    assert "+1.0 [-1.0, +3.0]" in [e.text for e in elements(picture, "text")]
+    one_pair = plot.draw_differences([("", [("self", 1.0, None, None)])])
+    assert not elements(one_pair, "polyline", "arm0") and len(elements(one_pair, "circle")) == 1
+
+
+def test_labels_do_not_lie_on_one_another_and_stay_in_the_picture():
+    assert plot.apart([10, 12, 100], 200, gap=17) == [10, 27, 100]
+    assert plot.apart([200, 198, 197, 50], 200, gap=17) == [200, 183, 166, 50]
+    arms = {f"arm-{i}": [[(0, 9.0), (10, 5 + i / 100)]] for i in range(10)}
+    picture = plot.draw_curves(arms, LEVELS)
+    labels = [e for e in elements(picture, "text") if float(e.get("x")) > 500 and " " in e.text]
+    labels = sorted((float(e.get("y")), e.text) for e in labels if e.text[0] in "apu")
+    heights = [y for y, _ in labels]
+    assert len(labels) == 12 and max(heights) < plot.HEIGHT
+    assert all(b - a >= plot.LINE - 0.11 for a, b in zip(heights, heights[1:]))
+    assert [name.split()[0] for _, name in labels[2:]] == [f"arm-{i}" for i in reversed(range(10))]
+    lines = [e for e in elements(picture, "polyline") if e.get("class") in ("arm0", "arm1")]
+    assert len(lines) == 4 and len([e for e in lines if e.get("stroke-dasharray")]) == 2
+
+
+def test_every_class_has_a_colour_in_light_and_in_dark():
+    picture = plot.draw_curves({"a": [[(0, 9.0), (10, 5.0)]]}, LEVELS)
+    light, dark = elements(picture, "style")[0].text.split("@media (prefers-color-scheme: dark)")
+    for css in ("paper", "ink", "soft", "grid", "arm0", "arm7"):
+        colours = [part.split(f".{css}{{")[1].split("}")[0] for part in (light, dark)]
+        assert colours[0] != colours[1]
+    used = {e.get("class") for e in ElementTree.fromstring(picture).iter()} - {None}
+    assert used <= {"paper", "ink", "soft", "grid", "arm0"}
+
+
+def test_ticks_are_few_and_round():
+    assert plot.ticks(0.12, 0.71) == pytest.approx([0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
+    assert plot.ticks(4.4, 7.1) == pytest.approx([4.5, 5, 5.5, 6, 6.5, 7])
+    assert plot.ticks(0, 41) == pytest.approx([0, 10, 20, 30, 40])
+    assert plot.ticks(5, 5) == pytest.approx([5])
+    plot.draw_curves({"a": [[(5, 0.0), (5, 0.0)]]}, {})  # every value is the same
+
+
+def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, capsys):
+    scores, picture = tmp_path / "scores.json", tmp_path / "picture.svg"
+    scores.write_text(json.dumps([TABLE]))
+    for target in (picture, picture, scores, tmp_path):
+        monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
+        if target == picture:  # its own picture may be drawn anew
+            plot.main()
+            assert picture.read_text().startswith("<svg")
+        else:
+            with pytest.raises(UserError, match="not a picture"):
+                plot.main()
+            assert json.loads(scores.read_text()) == [TABLE]
+
+
+@pytest.mark.parametrize("content, message", [
+    ("[", "is not what glue.py prints"), ("[{}]", "is not what glue.py prints"),
+    ("[]", "no differences"), (json.dumps([{**TABLE, "rows": TABLE["rows"][:2]}]), "two arms")])
+def test_other_files_are_refused(content, message, tmp_path, monkeypatch):
+    (tmp_path / "scores.json").write_text(content)
+    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "scores.json")])
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=message):
+        plot.main()
+    assert not (tmp_path / "plot.svg").exists()
