@@ -19,6 +19,7 @@ See what each strategy does to a sentence, with the model of a run that train.py
 
     python masking.py runs/self-0 "The function returns a new array."
     python masking.py runs/self-0 "The function returns a new array." --html page.html
+    python masking.py runs/self-0          # how strongly every rule selects, on held-out text
 
 Shapes: B rows, T tokens a row, c candidates a row, k masked tokens a row, V vocabulary.
 """
@@ -326,18 +327,23 @@ class VocabularyMean:
 
 
 def main():
-    parser = flag_parser("python masking.py RUN SENTENCE [FLAGS]", __doc__)
+    parser = flag_parser("python masking.py RUN [SENTENCE] [FLAGS]", __doc__)
     parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
-    parser.add_argument("sentence", nargs="?", default="", help="what to look at")
+    parser.add_argument("sentence", nargs="?", default="", help="what to look at; without one: a "
+                        "table of what every rule masks in held-out text")
     parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
+    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
     args = parser.parse_args()
-    if not args.run or not args.sentence:
+    if not args.run or args.blocks < 1:
         raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
                         "A run is made in minutes by  python train.py --masking self")
-    from data.inspection import demonstrate  # it imports this file
-    demonstrate(args)
+    from data import inspection  # it imports this file
+    if args.sentence:
+        inspection.demonstrate(args)
+    else:
+        inspection.show_doses(args.run, args.blocks)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
     python masking.py runs/self-0 "The function returns a new array."
     python masking.py runs/self-0 "The function returns a new array." --html page.html
+    python masking.py runs/self-0          # how strongly every rule selects, on held-out text
 
 masking.py decides, this file looks. The *exact* entropy of a token is that of the model's
 prediction where this token alone is masked: what the cheaper scores stand for, at the price of one
@@ -10,6 +11,7 @@ forward per token. Entropies are in nats.
 
 import os
 import sys
+from argparse import Namespace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -17,15 +19,17 @@ from string import Template
 import numpy as np
 import torch
 
+from data.corpus import with_ends
 from data.files import UserError, load_tensors, write_atomic
+from data.machine import Machine
 from data.metrics import spearman
-from data.runs import read_config
+from data.runs import load_text, read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from masking import (
     MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, choose_at_random, draw, entropy,
     mask_count, uncertainty,
 )
-from model import load
+from model import forward_flops, load
 
 DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
 DOSE_BLOCKS = 16  # exact entropies take a forward per token: some 2000 at 128 tokens a block
@@ -153,6 +157,15 @@ STRATEGIES = {  # name -> (--masking, what the model reads, --select, --pool)
 }
 
 
+DOSE_RULES = {  # what can be chosen in training, for the table of doses
+    "random": STRATEGIES["random"],
+    **{f"{select}, masked, pool 2": STRATEGIES[select] for select in SELECT},
+    **{f"high, unmasked, pool {pool}": ("self", SCORE_INPUT["unmasked"], "high", pool)
+       for pool in (2, 3, 4)},
+    "high, unmasked, all": STRATEGIES["unmasked"],
+}
+
+
 def watch(strategy, model, tokens, k, noise):
     """Choose by a strategy -> positions (B, k) and the entropies (B, T) that it chose by, nan where
     it looked at none."""
@@ -169,42 +182,63 @@ def watch(strategy, model, tokens, k, noise):
 
 def report_doses(model, tokens, strategies, rates=(0.15, 0.30)):
     """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each rate its dose,
-    neighbour, and rank_correlation: Spearman of its entropies with the exact ones, within a row.
+    neighbour, rank_correlation (Spearman of its entropies with the exact ones, within a row) and
+    flops (of an update, over those of random masking). None where its pool is larger than a row.
 
-    The last rule, `exact`, takes the highest exact entropies: the largest dose there is.
+    The last rule, `exact`, takes the highest exact entropies: the largest dose there is. It costs a
+    forward per token.
     """
     exact = exact_entropy(model, tokens)
     deviations = standardise(exact)
     noise = draw(DIAGNOSIS_SEED, 0, *tokens.shape).to(tokens.device)
     look_up = ("self", lambda model, tokens, places: exact.gather(1, places), "high", 0)
+    T, shortest = tokens.shape[1], (tokens >= N_SPECIAL).sum(1).min().item()
     reports = []
     for rule, strategy in {**strategies, "exact": look_up}.items():
-        report = {"rule": rule, "dose": [], "neighbour": [], "rank_correlation": []}
-        for rate in rates:
-            positions, seen = watch(strategy, model, tokens, mask_count(rate, tokens.shape[1]),
-                                    noise)
+        report = {"rule": rule, "dose": [], "neighbour": [], "rank_correlation": [], "flops": []}
+        reports.append(report)
+        for k in (mask_count(rate, T) for rate in rates):
+            candidates = strategy[3] * k
+            if candidates > shortest:
+                for values in list(report.values())[1:]:
+                    values.append(None)
+                continue
+            positions, seen = watch(strategy, model, tokens, k, noise)
             both = seen.isfinite() & exact.isfinite()
+            scored = (0 if strategy[0] == "random" else (T - 2) * forward_flops(model.shape, T, 1)
+                      if rule == "exact" else forward_flops(model.shape, T, candidates or T - 2))
+            report["flops"].append(1 + scored / (3 * forward_flops(model.shape, T, k)))
             report["dose"].append(None if deviations is None else
                                   deviations.gather(1, positions).mean().item())
             report["neighbour"].append(neighbour(positions))
             report["rank_correlation"].append(np.mean([
                 spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item())
-        reports.append(report)
     return reports
 
 
 def print_doses(reports, rates=(0.15, 0.30)):
     """Print what report_doses returns as a Markdown table."""
-    heads = [f"{head} at {rate:.0%}" for rate in rates
-             for head in ("dose", "neighbour", "rank correlation")]
+    form = {"dose": "{:+.2f}", "neighbour": "{:.2f}", "rank_correlation": "{:.2f}",
+            "flops": "{:.2f}"}
+    heads = [f"{name.replace('_', ' ')}, {rate:.0%}" for rate in rates for name in form]
     print("| rule |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
     for report in reports:
-        cells = []
-        for i in range(len(rates)):
-            amount = report["dose"][i]
-            cells += ["plateau" if amount is None else f"{amount:+.2f}",
-                      f"{report['neighbour'][i]:.2f}", f"{report['rank_correlation'][i]:.2f}"]
+        cells = ["-" if report[name][i] is None else show.format(report[name][i])
+                 for i in range(len(rates)) for name, show in form.items()]
         print(f"| {report['rule']} |", " | ".join(cells), "|")
+
+
+def show_doses(run, blocks):
+    """Print what every rule would mask in held-out blocks of a finished run, with its model."""
+    model, _ = load(run)
+    config = read_config(run)
+    flags = Namespace(**{**config["flags"], "out": str(run), "device": "cpu", "threads": 0})
+    text = load_text(flags, config, Machine(flags))
+    tokens = with_ends(text.valid[:blocks])
+    print(f"{run}: dose (deviations above the row's mean of exact entropies; - on the plateau), "
+          f"right neighbours, rank correlation with exact entropies, FLOPs over random masking; "
+          f"{len(tokens)} held-out blocks")
+    print_doses(report_doses(model, tokens, DOSE_RULES))
 
 
 # --------------------------------------------------------------------------------------------------

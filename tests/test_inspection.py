@@ -17,12 +17,12 @@ import masking as M
 from data import corpus as corpora
 from data.files import save_tensors, sha256_file, write_json
 from data.inspection import (
-    DIAGNOSIS_SEED, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour, print_doses,
-    report_doses, standardise, strategies_of, token_kinds,
+    DIAGNOSIS_SEED, DOSE_RULES, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour,
+    print_doses, report_doses, standardise, strategies_of, token_kinds,
 )
 from data.runs import config_sha256, read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
-from model import Bert, Shape, load
+from model import Bert, Shape, forward_flops, load
 from tests.test_data import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -167,6 +167,19 @@ def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
     assert len(lines) == 2 + len(reports) and f"| {reports[0]['dose'][0]:+.2f} |" in lines[2]
 
 
+def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
+    """Of 32 tokens 5 or 10 are masked; a pool of four times 10 is more than there are."""
+    model, tokens = small_model(), rows_of(2)
+    reports = {report["rule"]: report for report in report_doses(model, tokens, DOSE_RULES)}
+    update = [3 * forward_flops(model.shape, T, k) for k in (5, 10)]
+    for rule, scored in (("high, masked, pool 2", (10, 20)), ("high, unmasked, all", (32, 32))):
+        assert reports[rule]["flops"] == pytest.approx(
+            [1 + forward_flops(model.shape, T, c) / whole for c, whole in zip(scored, update)])
+    assert reports["random"]["flops"] == [1, 1]
+    four = reports["high, unmasked, pool 4"]
+    assert four["flops"][0] > 1 and four["flops"][1] is four["neighbour"][1] is None
+
+
 def test_the_rank_correlation_of_a_free_score():
     """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
     """
@@ -273,12 +286,11 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
 
 @pytest.mark.parametrize("argv, message", [
     ([], "python train.py --masking self"),
-    (["RUN"], "give a run folder and a sentence"),
     (["RUN", "a"], "from 2 to 62"),
     (["RUN", "token " * 100], "from 2 to 62"),
     (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
     (["RUN", "the model reads", "--html", "/"], "name another"),
-    (["RUN", "the", "model", "reads"], "unrecognized arguments"), (["a sentence"], "give a run"),
+    (["RUN", "the", "model", "reads"], "unrecognized arguments"), (["a sentence"], "not a run folder"),
     (["nowhere", "a b c d"], "not a run folder"), ([ROOT, "a b c d"], "not a run folder"),
 ])
 def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
