@@ -6,7 +6,6 @@ checksum; until then it is NAME.part, which the next try continues.
 
 import http.client
 import os
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -40,69 +39,60 @@ def download(urls, size, sha256, target):
     urls: mirrors, tried in order. UserError, saying what to put where, if none of them gives it.
     """
     target = Path(target)
-    if target.exists():
-        if target.stat().st_size == size and sha256_file(target) == sha256:
-            return target
-        raise UserError(f"{target} is damaged: delete it, it is then fetched again")
+    if is_whole(target, size, sha256):
+        return target
     target.parent.mkdir(parents=True, exist_ok=True)
-    lock = lock_folder(target.parent)
-    part = target.with_name(target.name + ".part")
-    reasons = []
-    for url in urls:
-        print(f"downloading {url} ({size / 1e6:.1f} MB)", flush=True)
-        try:
-            fetch(url, size, part)
-            if sha256_file(part) == sha256:
-                os.replace(part, target)
-                lock.close()
-                return target
-            part.unlink()
-            reasons.append("wrong checksum")
-        except urllib.error.HTTPError as error:
-            reasons.append(f"status {error.code}")
-        except (urllib.error.URLError, http.client.HTTPException, TimeoutError,
-                ConnectionError) as error:
-            reasons.append(str(getattr(error, "reason", error)) or "cut off")
-        print(f"  that did not work: {reasons[-1]}", flush=True)
-    lock.close()
+    part, reasons = target.with_name(target.name + ".part"), []
+    with lock_folder(target.parent, wait=f"it downloads {target.name}"):
+        if is_whole(target, size, sha256):  # it came while we waited
+            return target
+        for url in urls:
+            print(f"downloading {url} ({size / 1e6:.1f} MB)", flush=True)
+            try:
+                fetch(url, size, part)
+                if sha256_file(part) == sha256:
+                    os.replace(part, target)
+                    return target
+                part.unlink()
+                reasons.append(f"{url}: wrong checksum")
+            except (OSError, http.client.HTTPException) as error:  # urllib's are OSErrors
+                reasons.append(f"{url}: {str(error).strip('<>') or 'cut off'}")
+            print(f"  that did not work: {reasons[-1]}", flush=True)
     raise UserError(f"could not download {target.name} ({'; '.join(reasons)}): try again, it goes "
                     f"on where it stopped, or put the file at {target} by hand (sha256 {sha256})")
 
 
-def read(answer):
-    """The next piece. Every way in which a network can fail is a ConnectionError here, so that an
-    OSError of the disk is told apart from it."""
-    try:
-        return answer.read(1 << 16)
-    except OSError as error:
-        raise ConnectionError(str(error)) from error
+def is_whole(path, size, sha256):
+    """Is the file there? UserError if it is, but is another one."""
+    if not path.exists():
+        return False
+    if path.stat().st_size == size and sha256_file(path) == sha256:
+        return True
+    raise UserError(f"{path} is damaged: delete it, it is then fetched again")
 
 
 def fetch(url, size, part):
-    """Append what is missing of `url` to `part`. Raises what urllib raises, or ConnectionError."""
+    """Append what is missing of `url` to `part`. OSError or HTTPException if that fails."""
     have = part.stat().st_size if part.exists() else 0
     if have == size:
         return
-    headers = {"User-Agent": AGENT}
-    if 0 < have < size:
-        headers["Range"] = f"bytes={have}-"
-    request = urllib.request.Request(url, headers=headers)
+    if have > size:
+        have = 0
+    request = urllib.request.Request(url, headers={"User-Agent": AGENT, "Range": f"bytes={have}-"})
     with urllib.request.urlopen(request, timeout=TIMEOUT) as answer:
-        if answer.status != 206 or not answer.headers.get("Content-Range", "").startswith(
-                f"bytes {have}-"):
+        if not answer.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
             have = 0  # the server sends all of it: begin again
         length = answer.headers.get("Content-Length")
-        if length is not None and have + int(length) != size:
-            raise ConnectionError(f"{have + int(length)} bytes where {size} were expected")
+        if length and have + int(length) != size:
+            raise OSError(f"{have + int(length)} bytes where {size} were expected")
         bar = progress(total=size, initial=have, unit="B")
         with bar, open(part, "ab" if have else "wb") as f:
-            while piece := read(answer):
+            while have <= size and (piece := answer.read(1 << 16)):
                 have += len(piece)
-                if have > size:
-                    raise ConnectionError(f"more than the expected {size} bytes")
                 f.write(piece)
                 bar.update(len(piece))
             f.flush()
             os.fsync(f.fileno())
     if have != size:
-        raise ConnectionError(f"cut off after {have} of {size} bytes")
+        raise OSError(f"cut off after {have} of {size} bytes" if have < size else
+                      f"more than the expected {size} bytes")
