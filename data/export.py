@@ -9,14 +9,13 @@ The logits and the ids are the same, for text with [MASK] too; tests/test_export
 where transformers is. Other special tokens in a text are tokens there and mere text here.
 """
 
-import base64
 import json
 from pathlib import Path
 
 import torch
 
 from data.files import UserError, write_atomic
-from data.tokenizer import N_SPECIAL
+from data.tokenizer import INVISIBLE, N_SPECIAL, RESERVED
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
 
@@ -136,13 +135,16 @@ def tokenizer_json(tokenizer):
                              key=lambda p: (ids[p[0]], ids[p[1]]))
     special = [{"id": i, "content": names[i], "single_word": False, "lstrip": names[i] == "[MASK]",
                 "rstrip": False, "normalized": False, "special": True} for i in range(N_SPECIAL)]
+
+    def replace(pattern, content):
+        return {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+
+    # The steps of data/tokenizer.py's normalize. A space in front stays: it begins a word after
+    # [MASK], and a text's own is what would be put there.
     normalizer = {"type": "Sequence", "normalizers": [
-        {"type": "Precompiled", "precompiled_charsmap":
-         base64.b64encode(normalization(sp.serialized_model_proto())).decode()},
-        {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "},
-        # Spaces alone: to sentencepiece a line's end is a character like others. One in front
-        # stays: after [MASK] it begins a word, and a text's own is what would be put there.
-        {"type": "Replace", "pattern": {"Regex": r" +\z"}, "content": ""}]}
+        replace(rf"\A{INVISIBLE}", " "), replace(INVISIBLE, ""), {"type": "NFKC"},
+        {"type": "Lowercase"}, replace("ς", "σ"), replace(rf"[\s{RESERVED}]+", " "),
+        replace(r" \z", "")]}
 
     def template(*parts):
         return [{kind: {"id": name, "type_id": type_id}} for kind, name, type_id in parts]
@@ -166,37 +168,5 @@ def tokenizer_json(tokenizer):
         "model": {"type": "BPE", "dropout": None, "unk_token": "[UNK]", "fuse_unk": True,
                   "byte_fallback": True, "continuing_subword_prefix": None,
                   "end_of_word_suffix": None, "ignore_merges": False, "vocab": ids,
-                  "merges": [list(pair) for pair in merges]},
+                  "merges": [" ".join(pair) for pair in merges]},  # old versions read no pairs
     }
-
-
-def normalization(proto):
-    """The compiled table of the text normalization in a serialized sentencepiece model.
-
-    The model is a protocol buffer: field 3 is the normalizer, whose field 2 is the table.
-    """
-    for number in (3, 2):
-        proto = next(value for field, value in fields(proto) if field == number)
-    return proto
-
-
-def fields(data):
-    """Yield (number, value) of a serialized protocol buffer; only what is of variable length."""
-    def varint(at):
-        value = shift = 0
-        while True:
-            value |= (data[at] & 127) << shift
-            at, shift = at + 1, shift + 7
-            if data[at - 1] < 128:
-                return value, at
-
-    at = 0
-    while at < len(data):
-        key, at = varint(at)
-        kind = key & 7
-        if kind == 2:
-            size, at = varint(at)
-            yield key >> 3, data[at:at + size]
-            at += size
-        else:  # a number, of variable length, of 8 bytes or of 4
-            at = varint(at)[1] if kind == 0 else at + (8 if kind == 1 else 4)

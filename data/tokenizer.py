@@ -1,16 +1,22 @@
-"""A thin wrapper around sentencepiece: lower-cased NFKC byte-pair encoding with byte fallback.
+"""Text -> token ids: lower-cased NFKC, then sentencepiece's byte-pair encoding with byte fallback.
+
+How text is normalized stands here rather than in the sentencepiece model, so that data/export.py
+can write down the same steps for another library. Text always passes through `normalize`: text of
+the corpus, of GLUE, and of a prompt.
 
 The five special ids come first. They are control symbols to sentencepiece: no text, not even the
 text "[MASK]", is ever encoded to one of them.
 """
 
 import io
+import re
 import string
-from pathlib import Path
+import unicodedata
 
 import sentencepiece
 
 from data.files import UserError, sha256_file, write_atomic
+from data.machine import cores
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_SPECIAL = 5  # ordinary tokens are the ids from here on
@@ -18,14 +24,36 @@ MIN_VOCAB = 300  # 5 special tokens, 256 byte pieces, and an alphabet
 MAX_VOCAB = 65536  # token ids are stored as uint16
 PRINTABLE = set(string.digits + string.ascii_letters + string.punctuation)
 
+# Control characters, and what Unicode calls default ignorable: soft hyphens, zero-width characters,
+# marks of direction and of byte order, variation selectors. An emoji joined of several falls apart.
+INVISIBLE = ("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5"
+             "\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
+             "\ufff0-\ufffc\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")
+INVISIBLE_RE = re.compile(INVISIBLE)
+# Characters that sentencepiece keeps for itself: "▁" is its space, "▅" its unknown character; its
+# trainer passes over a paragraph that has one.
+RESERVED = "▁▅"
+
+
+def normalize(text):
+    """Text that looks alike -> the same text, with single spaces, none at the end, and one in front
+    where there was one. data/export.py describes the same steps."""
+    text = text.encode("utf-8", "replace").decode()  # a terminal may pass on what is no text
+    # In front, after [MASK], it counts as a space, as in an export, where no rule could drop it.
+    text = INVISIBLE_RE.sub(lambda found: "" if found.start() else " ", text)
+    text = unicodedata.normalize("NFKC", text).lower()
+    text = text.replace("ς", "σ")  # str.lower alone knows where a Greek word ends
+    for character in RESERVED:
+        text = text.replace(character, " ")
+    words = text.split()
+    return " " * (words != [] and text[0].isspace()) + " ".join(words)
+
 
 class Tokenizer:
     """encode: text -> ids; decode: ids -> text; pieces: id -> its piece, "▁" marking a space."""
 
     def __init__(self, path, sha256=None):
         """Open a tokenizer.model; with `sha256`, its bytes are checked before they are parsed."""
-        if not Path(path).is_file():
-            raise UserError(f"cannot read {path}: there is no such file")
         self.sha256 = sha256_file(path)
         if sha256 is not None and sha256 != self.sha256:
             raise UserError(f"{path} is damaged: its checksum is not the recorded one")
@@ -40,30 +68,22 @@ class Tokenizer:
                 self.pieces[i] = chr(int(piece[1:-1], 16))
 
     def encode(self, text, threads=1):
-        """A string -> list of ids; a list of strings -> list of lists, encoded in parallel."""
-        if isinstance(text, str):  # what a terminal passes on may hold bytes that are no text
-            text = text.encode("utf-8", "replace").decode()
-        return self.sp.encode(text, num_threads=threads)
+        """A string -> list of ids; a list of strings -> list of lists, with so many threads (0: as
+        many as cores)."""
+        if isinstance(text, str):
+            return self.encode([text])[0]
+        return self.sp.encode([normalize(" " + t) for t in text], num_threads=threads or cores())
 
     def encode_with_masks(self, text):
         """Like encode, but each "[MASK]" in the text becomes the id MASK: for a person's prompt."""
-        ids = []
-        for i, part in enumerate(text.split("[MASK]")):
-            if i:
-                ids.append(MASK)
-            piece_ids = self.encode(part)
-            # Sentencepiece puts a space before every text it is given; "[MASK]." has none there.
-            if i and piece_ids and not part[0].isspace():
-                bare = self.pieces[piece_ids[0]].removeprefix("▁")
-                if not bare:
-                    del piece_ids[0]
-                elif self.sp.piece_to_id(bare) != UNK:
-                    piece_ids[0] = self.sp.piece_to_id(bare)
-            ids += piece_ids
+        first, *others = text.split("[MASK]")
+        ids = self.encode(first)
+        for part in others:  # no space in front but its own: "[MASK]." has none
+            ids += [MASK, *self.sp.encode(normalize(part))]
         return ids
 
     def decode(self, ids):
-        return self.sp.decode([int(i) for i in ids if i >= N_SPECIAL])
+        return self.sp.decode([int(i) for i in ids if i >= N_SPECIAL]).removeprefix(" ")
 
 
 def train_tokenizer(paragraphs, vocab_size, path):
@@ -74,31 +94,30 @@ def train_tokenizer(paragraphs, vocab_size, path):
     model = io.BytesIO()  # not a file: sentencepiece would write that file's path into the model
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(paragraphs),
+            sentence_iterator=(normalize(" " + paragraph) for paragraph in paragraphs),
             model_writer=model,
             model_type="bpe",
             vocab_size=vocab_size,
-            pad_id=PAD,
-            unk_id=UNK,
-            bos_id=CLS,
-            eos_id=SEP,
-            pad_piece="[PAD]",
-            unk_piece="[UNK]",
-            bos_piece="[CLS]",
-            eos_piece="[SEP]",
+            pad_id=PAD, pad_piece="[PAD]",
+            unk_id=UNK, unk_piece="[UNK]",
+            bos_id=CLS, bos_piece="[CLS]",
+            eos_id=SEP, eos_piece="[SEP]",
             control_symbols=["[MASK]"],
-            normalization_rule_name="nfkc_cf",  # NFKC and case folding
+            normalization_rule_name="identity",  # `normalize` has done all three
+            add_dummy_prefix=False,
+            remove_extra_whitespaces=False,
             byte_fallback=True,
             character_coverage=0.9995,  # sentencepiece's own advice; the rest goes through bytes
-            max_sentence_length=1 << 22,  # bytes; longer lines would be left out silently
+            max_sentence_length=1 << 30,  # bytes; longer lines would be left out silently
+            num_threads=1,  # the vocabulary does not depend on it, but the file has the number
             minloglevel=2,
         )
     except RuntimeError as error:
-        if "required_chars" in str(error):
+        if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise UserError(f"--vocab-size {vocab_size} does not hold the letters of this corpus: "
-                            "give a larger one")
-        if "<=" not in str(error):
-            raise UserError(f"the text cannot train a tokenizer: {str(error)[:200]}")
-        raise UserError(f"--vocab-size {vocab_size} is more than this corpus supports: give more "
-                        f"text, or at most {str(error).rpartition('<=')[2].strip(' .')}")
+                            f"give at least {needed[1]}")
+        if possible := re.search(r"<= (\d+)", str(error)):
+            raise UserError(f"--vocab-size {vocab_size} is more than this corpus supports: give "
+                            f"more text, or at most {possible[1]}")
+        raise UserError(f"the text cannot train a tokenizer: {str(error)[:200]}")
     write_atomic(path, model.getvalue())

@@ -15,8 +15,8 @@ import torch
 
 import model as model_script
 from data import corpus as corpora
-from data.export import fields, interleave, safetensors
-from data.files import UserError, run_script, save_tensors, write_json
+from data.export import interleave, safetensors
+from data.files import run_script, save_tensors, write_json
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 from model import Bert, Shape, load
 from tests.test_data import write_corpus
@@ -28,6 +28,12 @@ In 1984 (or 1,984?) 50% of 3.5 million people paid $20.|
 Model outputs are read by the model; the reader learns to read every hidden token of it.|
 C++ e.g. x_1 == y[0]; https://example.org/?q=a+b&c#d|日本語 and Ελλάδα, 😀 emoji\u200b|
 |readers READERS Readers|'s|n't|--|(a)|İstanbul|e\u0301gal|it is 10:30 a.m.""".split("|")
+ODD = [
+    *"½ﬁßİς`´¨~日한Å▁▅█\u2047\u0345\u0958", "[MASK]", " [MASK] ", "the", " model", "ing", "'s", "ΑΣ",
+    "か\u3099", "ｶﾞ", "ﾊﾞﾅﾅ", "\u1112\u1161\u11ab", "e\u0301", "A\u030a", "q\u0303", "x\u0323\u0301",
+    "X\u0301\u0323", "\u1e9b\u0323", "ष\u093c", "שלום", "\u05d0\u05b7", "ᏣᎳ", "❤\ufe0f",
+    "👩\u200d👩\u200d👧", "🏳\ufe0f\u200d🌈", *"\0\x07\x1c\x85\u00ad\u200b\u200f\u202b\ufeff", " ", "  ",
+    "\r\n", *"\t\v\f\u00a0\u2003\u2028\u3000"]
 
 
 def make_run(folder, positions, **shape):
@@ -113,11 +119,6 @@ def test_rotary_planes_change_their_order():
     assert interleave(x, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-def test_the_protocol_buffer_reader():
-    data = bytes([0x08, 0x96, 0x01, 0x12, 2, 7, 8, 0x1D, 0, 0, 0, 0, 0x21, *[0] * 8, 0x1A, 1, 9])
-    assert [(n, bytes(v)) for n, v in fields(data)] == [(2, b"\7\10"), (3, b"\t")]
-
-
 # --------------------------------------------------------------------------------------------------
 # against transformers
 
@@ -156,30 +157,23 @@ def test_transformers_has_the_same_logits(positions, runs, exported):
 
 
 def test_auto_tokenizer_gives_the_same_ids(runs, exported):
+    """For text of every kind, and with [MASK] in it."""
     from transformers import AutoTokenizer
     ours = Tokenizer(runs["rotary"] / "tokenizer.model")
     theirs = AutoTokenizer.from_pretrained(exported / "rotary")
     rng = random.Random(0)
     words = (runs["rotary"].parent / "text.txt").read_text().split()
     texts = [*ENGLISH, *(" ".join(rng.choices(words, k=12)) for _ in range(200))]
-    for text in texts:
-        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text), text
+    odd = ["".join(rng.choices(ODD, k=rng.randint(1, 9))) for _ in range(1000)]
+    for text in (*texts, *odd, "read[MASK]s [MASK] [MASK]", "the reader, [MASK], reads ([MASK])"):
+        ids = theirs(text, add_special_tokens=False)["input_ids"]
+        assert ids == ours.encode_with_masks(text), repr(text)
     pair = theirs("one word", "and another")
     a, b = ours.encode("one word"), ours.encode("and another")
     assert pair["input_ids"] == [2, *a, 3, *b, 3]
     assert pair["token_type_ids"] == [0] * (len(a) + 2) + [1] * (len(b) + 1)
-    for text in ("a [MASK] b", "[MASK]", "the model [MASK] a new [MASK].", "[MASK] reads the text",
-                 "read[MASK]s [MASK] [MASK]", "the reader, [MASK], reads ([MASK])"):
-        ids = theirs(text, add_special_tokens=False)["input_ids"]
-        assert ids == ours.encode_with_masks(text), text
     assert theirs.model_max_length == 64
     assert [theirs.pad_token_id, theirs.unk_token_id, theirs.cls_token_id, theirs.sep_token_id,
             theirs.mask_token_id] == [0, 1, 2, 3, 4]
     for text in texts:
         assert theirs.decode(ours.encode(text)).strip() == ours.decode(ours.encode(text)).strip()
-
-
-def test_a_stranger_s_file_is_no_folder(runs, tmp_path):
-    (tmp_path / "file").write_text("x")
-    with pytest.raises(UserError, match="cannot create"):
-        model_script.export(*load(runs["rotary"]), tmp_path / "file" / "below")
