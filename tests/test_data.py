@@ -3,18 +3,30 @@
 import bz2
 import gzip
 import hashlib
+import io
 import json
 import lzma
+import os
 import random
+import sys
+import tarfile
+import threading
+import unicodedata
+import zipfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from data import corpus as corpora
-from data import files
+from data import docs, files
+from data import text as texts
 from data.files import UserError
-from data.tokenizer import CLS, MASK, N_SPECIAL, SEP, UNK, Tokenizer
+from data.text import read_documents
+from data.tokenizer import (
+    CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
+)
 
 WORDS = ("the a model reads every token of text and learns to guess what is hidden from it by all "
          "the words around while masks move with each step so that nothing is seen twice").split()
@@ -35,78 +47,191 @@ def write_corpus(path, documents=120, seed=0, words=40):
 def prepared(tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")
     source = write_corpus(folder / "text.txt")
-    return source, corpora.prepare(str(source), 600, folder / "cache")
+    return source, corpora.prepare(str(source), 600, folder / "cache", threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(prepared):
+    return Tokenizer(prepared[1] / "tokenizer.model")
 
 
 # ---- reading text
 
 
+def zipped(members, password=False):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    data = buffer.getvalue()
+    if password:  # the flag of an encrypted member, in both of its headers
+        data = data.replace(b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1")
+        data = data.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
+    return data
+
+
+def tarred(members, mode):
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as archive:
+        for name, data in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
 def test_every_packing_reads_the_same(tmp_path):
     text = "One paragraph.\r\nAnother — with ünïcode 🙂.\r\n\r\nSecond document.\n"
-    for name, pack in (("a.txt", bytes), ("a.gz", gzip.compress), ("a.xz", lzma.compress),
-                       ("a.bz2", bz2.compress)):
-        (tmp_path / name).write_bytes(pack(b"\xef\xbb\xbf" + text.encode()))  # a byte-order mark
-        assert list(corpora.read_documents([tmp_path / name])) == [
-            ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])]
+    data = b"\xef\xbb\xbf" + text.encode()  # a byte-order mark
+    members = {"a/b.txt": data, "__MACOSX/a/._b.txt": b"\0", "a/.DS_Store": b"\0"}
+    for name, packed in {
+            "a.txt": data, "a.gz": gzip.compress(data), "A.GZ": gzip.compress(data),
+            "a.xz": lzma.compress(data), "a.bz2": bz2.compress(data), "b": bz2.compress(data),
+            "a.zip": zipped(members), "a.tgz": tarred(members, "w:gz"),
+            "a.tar": tarred(members, "w"), "a.tar.bz2": tarred(members, "w:bz2")}.items():
+        (tmp_path / name).write_bytes(packed)
+        assert list(read_documents([tmp_path / name])) == [
+            ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])], name
+
+
+def test_a_folder_is_read_with_its_folders_and_without_leftovers(tmp_path):
+    top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
+    for path in (top / "b.txt", top / "AA" / "wiki_00", top / "AA" / "c" / "d.txt",
+                 elsewhere / "e.txt", top / ".git" / "x", top / ".hidden", top / "AA" / ".DS_Store",
+                 top / "__MACOSX" / "b.txt"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{path.name}\n")
+    (top / "linked").symlink_to(elsewhere)
+    found = texts.find_files(str(top), tmp_path, 1)
+    assert [str(p.relative_to(top)) for p in found] == [
+        "AA/c/d.txt", "AA/wiki_00", "b.txt", "linked/e.txt"]
+    (top / "gone").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match="gone"):
+        corpora.prepare(str(top), 600, tmp_path / "cache")
+    (tmp_path / "empty").mkdir()
+    for corpus, message in ((tmp_path / "empty", "the folder holds no files"),
+                            (tmp_path / "no.txt", "no such file or folder; the names are docs, ")):
+        with pytest.raises(UserError, match=message):
+            corpora.prepare(str(corpus), 600, tmp_path / "cache")
+
+
+def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        texts.find_files(str(tmp_path), tmp_path, 1)
 
 
 def test_a_path_is_not_a_name(tmp_path):
     (tmp_path / "wikitext.txt").write_text("= Title =\n\nA paragraph.\n")
-    documents = list(corpora.read_documents([tmp_path / "wikitext.txt"], "wikitext.txt"))
+    documents = list(read_documents([tmp_path / "wikitext.txt"], "wikitext.txt"))
     assert documents == [("", ["= Title ="]), ("", ["A paragraph."])]
 
 
 def test_text_without_blank_lines_and_endless_lines_are_cut(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "MAX_DOCUMENT", 100)
-    monkeypatch.setattr(corpora, "MAX_LINE", 50)
-    (tmp_path / "a.txt").write_text("word " * 1000)
-    documents = [document for _, document in corpora.read_documents([tmp_path / "a.txt"])]
-    assert len(documents) > 30 and "".join(sum(documents, [])).count("word") == 1000
+    monkeypatch.setattr(texts, "MAX_DOCUMENT", 100)
+    monkeypatch.setattr(texts, "MAX_LINE", 50)
+    (tmp_path / "a.txt").write_text("wörd " * 1000)
+    documents = [document for _, document in read_documents([tmp_path / "a.txt"])]
+    assert len(documents) > 30 and "".join(sum(documents, [])).count("wörd") == 1000
+
+
+PACKED = gzip.compress(b"text " * 1000)
+ZIP = zipped({"a.txt": b"text\n" * 9, "b.txt": os.urandom(999)})
 
 
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "0 documents"),
     ("a.txt", b"One document only.\n", "1 documents"),
-    ("a.txt", b"zero \0 bytes\n\nhere\n", "zero bytes"),
-    ("a.txt", "caf\u00e9\n\nhere\n".encode("latin-1"), "not UTF-8"),
-    ("a.xz", lzma.compress(b"text " * 1000)[:-20], "damaged"),
-    ("a.gz", gzip.compress(b"text " * 1000)[:-20], "damaged"),
-    ("a.gz", b"not packed at all", "cannot read"),
-    ("a.bz2", b"not packed at all", "cannot read"),
-    ("a.txt", b"too few\n\nwords here\n", "at most"),
+    ("a.txt", b"a\n\nzero \0 bytes\n", r"a\.txt line 3 is not text: it has a zero byte"),
+    ("a.txt", "a\n".encode("utf-16"), "line 1 is not text.*iconv -f utf-16"),
+    ("a.txt", "a\r\nb\n\ncaf\u00e9\n".encode("latin-1"), "line 4 is not UTF-8.*iconv -f latin1"),
+    ("a.gz", gzip.compress(b"a\nb \xff c\n"), r"a\.gz line 2 is not UTF-8"),
+    ("a.xz", lzma.compress(b"text " * 1000)[:-20], "a.xz cannot be unpacked, copy it again: "),
+    ("a.gz", PACKED[:-20], "a.gz cannot be unpacked, copy it again: Compressed file ended"),
+    ("a.gz", PACKED[:30] + b"\xff\xff" + PACKED[32:], "a.gz cannot be unpacked"),
+    ("a.bz2", bz2.compress(b"text " * 1000)[:30] + b"rubbish", "a.bz2 cannot be unpacked"),
+    ("a.zip", ZIP[:-40], "a.zip cannot be unpacked.*File is not a zip file"),
+    ("a.zip", ZIP.replace(ZIP[150:250], bytes(100)), "a.zip, b.txt,"),
+    ("a.zip", zipped({"s.txt": b"text"}, password=True), "a.zip.*unpacked.*password required"),
+    ("a.zip", zipped({"a.txt": b"a\n", "b.txt": b"\xff"}), "a.zip, b.txt, line 1 is not UTF-8"),
+    ("a.tar", tarred({"a.txt": b"a\n", "b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not text"),
+    ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst is compressed with zstd: unpack it first"),
+    ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "a.txt is compressed with 7z: unpack it first"),
+    ("a.jsonl", b'\n{"id": 1, "text": "Words."}\n' * 9, "line 2 begins with .*JSON.*jq -r"),
+    ("a.json", b'[\n {"text": "Some words."}\n]', "line 1 begins with .*JSON or markup"),
+    ("a.html", b"<!DOCTYPE html>\n<html>", "line 1 begins with <!DOCTYPE html>: JSON or markup"),
+    ("a.txt", b"too few\n\nwords here\n", "more than this corpus supports: .*or at most [0-9]+"),
 ])
 def test_bad_text_is_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         corpora.prepare(str(tmp_path / name), 600, tmp_path / "cache")
-    assert not [p for p in (tmp_path / "cache").iterdir() if not p.name.endswith(".building")]
+    assert [p.name for p in (tmp_path / "cache").iterdir()] == [".lock"]  # nothing is left behind
 
 
-def test_missing_corpus_and_impossible_vocabulary(tmp_path):
-    with pytest.raises(UserError, match="no such file"):
-        corpora.prepare(str(tmp_path / "none.txt"), 600, tmp_path / "cache")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="holds no files"):
-        corpora.prepare(str(tmp_path / "empty"), 600, tmp_path / "cache")
+def test_text_about_json_is_text(tmp_path):
+    (tmp_path / "a.txt").write_text('[Applause] "Yes" is\n\n{"json": 1}\n\n<b>\n')
+    assert len(list(read_documents([tmp_path / "a.txt"]))) == 3
+
+
+def test_an_impossible_vocabulary_is_told_what_is_possible(tmp_path):
     source = write_corpus(tmp_path / "text.txt")
     for size in (100, 70000):
-        with pytest.raises(UserError, match="uint16"):
+        with pytest.raises(UserError, match="between 300 and 65536, what uint16 holds"):
             corpora.prepare(str(source), size, tmp_path / "cache")
-    source.write_text("\n\n".join("".join(map(chr, range(0x400 + i, 0x4ff))) for i in range(9)))
-    with pytest.raises(UserError, match="does not hold the letters"):
-        corpora.prepare(str(source), 300, tmp_path / "cache")
-    write_corpus(source)
-    with pytest.raises(UserError, match="more than this corpus supports.*at most [0-9]+"):
-        corpora.prepare(str(source), 30000, tmp_path / "cache")
+    letters = ["".join(map(chr, range(0x400 + i, 0x4ff))) for i in range(9)]
+    for text, size, message in ((letters, 300, "does not hold the letters .* give at least "),
+                                (source.read_text().splitlines(), 30000, "or at most ")):
+        with pytest.raises(UserError, match=message) as error:
+            train_tokenizer(text, size, tmp_path / "t.model")
+        train_tokenizer(text, int(str(error.value).split()[-1]), tmp_path / "t.model")  # it is so
+    with pytest.raises(UserError, match="the text cannot train a tokenizer"):
+        train_tokenizer(["\u200b"], 300, tmp_path / "t.model")
+
+
+# ---- the text of the first run
+
+
+def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
+    prose = "This {} sentence is long enough to be taken for prose by all who read it here, I hope."
+    for name in ("stdlib", "torch", "numpy"):
+        root = tmp_path / name
+        (root / "site-packages").mkdir(parents=True)
+        for i in range(60):  # the same in all three roots: only the first counts
+            (root / f"m{i:02}.py").write_text(f'"""{prose.format("x" * i)}\n\nfew words\n"""\n')
+        (root / "site-packages" / "other.py").write_text(f'"""{prose.format(name)}"""')
+        (root / "wrong.py").write_text(f'def: """{prose.format("wrong")}"""')
+        (root / "link.py").symlink_to(root / "nothing")
+    monkeypatch.setattr(docs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "stdlib")})
+    monkeypatch.setattr(docs.importlib.util, "find_spec", lambda name: SimpleNamespace(
+        origin=str(tmp_path / name / "__init__.py")))
+    words = ["x" * i for i in range(60)] + ["torch", "numpy"]  # no site-packages of the stdlib
+    for processes in (1, 3):
+        cache = tmp_path / f"cache{processes}"
+        cache.mkdir()
+        path, = texts.find_files("docs", cache, processes)
+        paragraphs = path.read_text().strip().split("\n\n")
+        assert paragraphs == [" ".join(prose.format(word).split()) for word in words]
+        assert sorted(p.name for p in cache.iterdir()) == [".lock", path.name]
+        path.write_text("kept")
+        assert docs.extract_docs(cache, processes).read_text() == "kept"
 
 
 # ---- tokens
 
 
-def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared):
+def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared, tokenizer):
     source, folder = prepared
-    tokenizer = Tokenizer(folder / "tokenizer.model")
-    documents = [document for _, document in corpora.read_documents([source])]
+    documents = [document for _, document in read_documents([source])]
     expected = {"train": [], "valid": []}
     for i, document in enumerate(documents):
         ids = sum((tokenizer.encode(paragraph) for paragraph in document), [])
@@ -117,15 +242,23 @@ def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared)
     counts = np.bincount(expected["valid"], minlength=600)[N_SPECIAL:]
     p = counts[counts > 0] / counts.sum()
     assert text.unigram_entropy == pytest.approx(-(p * np.log(p)).sum())
-    assert meta["documents"] == 120 and meta["train_tokens"] == len(expected["train"])
+    assert text.counts[N_SPECIAL:].sum() == (text.train >= N_SPECIAL).sum()
+    assert meta["train_tokens"] == len(expected["train"])
+    characters = sum(len(p) for d in documents for p in d)
+    assert text.about == f"files: 1, documents: 120, characters: {characters:,}"
 
 
-def test_batches_and_memory_do_not_change_the_tokens(prepared, tmp_path, monkeypatch):
+def test_batches_threads_and_memory_do_not_change_the_tokens(prepared, tmp_path, monkeypatch):
     source, folder = prepared
     monkeypatch.setattr(corpora, "ENCODE_BATCH", 500)  # a few documents at a time
-    other = corpora.prepare(str(source), 600, tmp_path / "cache")
+    used = []
+    encode = Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda self, text, threads: (
+        used.append(threads), encode(self, text, threads))[1])
+    other = corpora.prepare(str(source), 600, tmp_path / "cache", threads=3)
     for name in ("train.bin", "valid.bin", "tokenizer.model"):  # the tokenizer is deterministic too
         assert (folder / name).read_bytes() == (other / name).read_bytes()
+    assert set(used) == {3} and len(used) > 20
 
 
 def test_the_tokenizer_sample_is_spread_over_the_corpus(tmp_path, monkeypatch):
@@ -158,40 +291,139 @@ def test_special_tokens_never_come_from_text(tmp_path):
     assert [tokenizer.pieces[i] for i in (CLS, UNK, MASK)] == ["[CLS]", "[UNK]", "[MASK]"]
 
 
-def test_prompts_with_masks(prepared):
-    tokenizer = Tokenizer(prepared[1] / "tokenizer.model")
+@pytest.mark.parametrize("text, alike", [
+    ("lan\u00adtern", "lantern"), ("lan\u200btern\u2060", "lantern"), ("\ufefflantern", "lantern"),
+    ("\u202blantern\u202c", "lantern"), ("e\u200b\u0301t", "ét"), ("a\x07b\x7f", "ab"),
+    ("👩\u200d👧", "👩👧"), ("❤\ufe0f", "❤"),
+    *((f"the{blank}quiet", "the quiet") for blank in (
+        *"\t\v\f\u00a0\u2003\u2028\u3000▁▅", "\r\n", "\u00a0 \u200b\t")),
+    ("  The Quiet\n", "the quiet"), ("ﬁÅK", "fiåk"), ("か\u3099\uff76\uff9e", "がガ"),
+    ("\u1112\u1161\u11ab", "한"), ("ΟΔΟΣ", "οδοσ"), ("bad \udc80 byte", "bad ? byte"),
+    ("\u200b \t", ""),
+])
+def test_what_looks_alike_has_the_same_ids(text, alike, tokenizer):
+    assert tokenizer.encode(text) == tokenizer.encode(alike)
+    assert tokenizer.decode(tokenizer.encode(text)) == alike
+
+
+def test_no_invisible_character_and_no_blank_is_a_letter():
+    visible = set("\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2"
+                  "\U000110bd\U000110cd")  # Arabic, Syriac and Kaithi signs of category Cf
+    for c in map(chr, range(sys.maxunicode + 1)):
+        if c.isspace():
+            assert normalize(f"a{c}b") in ("a b", "ab"), hex(ord(c))
+        elif unicodedata.category(c) in ("Cc", "Cf") and c not in visible | set(map(
+                chr, range(0x13430, 0x13440))):  # hieroglyphs that join
+            assert INVISIBLE_RE.fullmatch(c) and normalize(f"a{c}b") == "ab", hex(ord(c))
+        elif INVISIBLE_RE.match(c):
+            assert unicodedata.category(c) in ("Cc", "Cf", "Mn", "Lo", "Cn", "So"), hex(ord(c))
+
+
+@pytest.mark.parametrize("character", "▅▁\t\u2047\u00ad")
+def test_no_paragraph_is_left_out_of_the_vocabulary(character, tmp_path):
+    paragraphs = [f"the {word} zebrafish {character} and more" for word in WORDS * 2]
+    train_tokenizer(paragraphs, 330, tmp_path / "t.model")
+    tokenizer = Tokenizer(tmp_path / "t.model")
+    assert [tokenizer.pieces[i] for i in tokenizer.encode("zebrafish")] == ["▁zebrafish"]
+    assert not {"▅", "\t", "\u00ad"} & set(tokenizer.pieces)
+
+
+def test_prompts_with_masks(tokenizer):
     ids = tokenizer.encode_with_masks("the [MASK] reads [MASK].")
     assert ids == [*tokenizer.encode("the"), MASK, *tokenizer.encode("reads"), MASK,
                    tokenizer.encode("it.")[-1]]
+    assert tokenizer.encode_with_masks("[MASK]the[MASK] the ") == [
+        MASK, *tokenizer.sp.encode("the"), MASK, *tokenizer.encode("the")]
     assert tokenizer.decode(tokenizer.encode("The  Model")) == "the model"
+
+
+def test_a_tokenizer_that_is_not_the_one(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        Tokenizer(tmp_path / "none.model")
+    (tmp_path / "t.model").write_bytes(b"rubbish")
+    for sha256, message in ((None, "not a sentencepiece model"), ("0" * 64, "is damaged")):
+        with pytest.raises(UserError, match=message):
+            Tokenizer(tmp_path / "t.model", sha256)
 
 
 # ---- the cache
 
 
-def test_the_cache_is_used_again_and_keyed_by_content(prepared, tmp_path):
+def test_the_cache_is_used_again_and_found_by_its_hashes(prepared, tmp_path):
     source, folder = prepared
     stamp = (folder / "train.bin").stat().st_mtime_ns
     assert corpora.prepare(str(source), 600, folder.parent) == folder
     assert (folder / "train.bin").stat().st_mtime_ns == stamp
     other = write_corpus(tmp_path / "text.txt", seed=1)
     assert corpora.prepare(str(other), 600, folder.parent) != folder
+    (folder.parent / "0").mkdir()
+    (folder.parent / "0" / "meta.json").write_text("{")
+    text = corpora.load(folder, 34)
+    hashes = [text.sha256, text.tokenizer.sha256]
+    assert corpora.find_prepared(folder.parent, *hashes) == folder
+    assert corpora.find_prepared(folder.parent, text.sha256, "0" * 64) is None
+    assert corpora.find_prepared(tmp_path / "no cache", *hashes) is None
 
 
 def test_a_damaged_cache_is_refused(tmp_path):
     folder = corpora.prepare(str(write_corpus(tmp_path / "text.txt")), 600, tmp_path / "cache")
     corpora.load(folder, 32)
-    for name in ("train.bin", "valid.bin", "tokenizer.model"):
+    meta = (folder / "meta.json").read_bytes()
+    for name, damaged in (
+            *((name, bad) for name in corpora.PARTS for good in [(folder / name).read_bytes()]
+              for bad in (good[:-1], bytes([good[0] ^ 1]) + good[1:], None)),
+            *(("meta.json", bad) for bad in (b"{}", b'{"sha256": {}}', meta[:-9], None,
+                                             meta.replace(b"files", b"filez")))):
         good = (folder / name).read_bytes()
-        for bad in (good[:-1], bytes([good[0] ^ 1]) + good[1:]):
-            (folder / name).write_bytes(bad)
-            with pytest.raises(UserError, match=f"{name} is damaged: delete"):
-                corpora.load(folder, 32)
-        (folder / name).write_bytes(good)
-    for content in ({}, {"sha256": {}}):
-        files.write_json(folder / "meta.json", content)
-        with pytest.raises(UserError, match="is damaged"):
+        (folder / name).unlink() if damaged is None else (folder / name).write_bytes(damaged)
+        with pytest.raises(UserError, match="cache/[0-9a-f]{16} is damaged: delete it and start"):
             corpora.load(folder, 32)
+        (folder / name).write_bytes(good)
+    for seq_len, max_tokens in ((10**6, 0), (34, 20)):
+        with pytest.raises(UserError, match="the corpus is too small: .* give more text"):
+            corpora.load(folder, seq_len, max_tokens)
+    assert len(corpora.load(folder, 34, max_tokens=100).train) == 3
+
+
+def test_processes_that_start_together_wait_for_the_one_that_builds(tmp_path, monkeypatch, capsys):
+    source, built, folders = write_corpus(tmp_path / "text.txt"), [], []
+    build = corpora.build
+    monkeypatch.setattr(corpora, "build", lambda *args: (built.append(args), build(*args)))
+    threads = [threading.Thread(target=lambda: folders.append(
+        corpora.prepare(str(source), 600, tmp_path / "cache"))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(built) == 1 and len(folders) == 3 and len(set(folders)) == 1
+    assert "waiting for another process: it prepares a corpus" in capsys.readouterr().err
+
+
+def test_two_builders_where_there_are_no_locks(tmp_path, monkeypatch):
+    """The second begins while the first one builds, and is through before it."""
+    source, build, pids = write_corpus(tmp_path / "text.txt"), corpora.build, iter([1, 2])
+    monkeypatch.setattr(corpora, "lock_folder", lambda folder, wait: open(folder / ".lock", "w"))
+    monkeypatch.setattr(corpora.os, "getpid", lambda: next(pids))
+
+    def build_twice(*args):
+        monkeypatch.setattr(corpora, "build", build)
+        build(*args)
+        assert corpora.prepare(str(source), 600, tmp_path / "cache").is_dir()
+
+    monkeypatch.setattr(corpora, "build", build_twice)
+    folder = corpora.prepare(str(source), 600, tmp_path / "cache")
+    corpora.load(folder, 34)
+    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [".lock", folder.name]
+
+
+def test_what_a_killed_builder_left_goes_after_a_day(tmp_path):
+    old, new = (tmp_path / "cache" / f"ab.building-{i}" for i in range(2))
+    for path in (old, new):
+        path.mkdir(parents=True)
+        (path / "train.bin").write_bytes(b"x")
+    os.utime(old, (0, 0))
+    corpora.prepare(str(write_corpus(tmp_path / "text.txt")), 600, tmp_path / "cache")
+    assert not old.exists() and new.exists()
 
 
 # ---- batches
@@ -207,6 +439,9 @@ def test_batches_are_a_permutation_of_every_epoch():
     assert rows[:11].tolist() != rows[11:22].tolist()
     assert torch.equal(corpora.batch_at(blocks, 0, 7, 4), rows[28:32])  # no history needed
     assert not torch.equal(corpora.batch_at(blocks, 1, 7, 4), rows[28:32])
+    order = corpora.block_order(11, 0, 1, 30)  # a batch of several epochs
+    assert order.shape == (30,) and np.array_equal(corpora.with_ends(blocks[order]),
+                                                   corpora.batch_at(blocks, 0, 1, 30))
 
 
 # ---- files
@@ -218,12 +453,9 @@ def test_tensors_carry_their_checksum(tmp_path):
     assert torch.equal(torch.load(path, weights_only=True)["a"], torch.arange(1000.0))
     good = path.read_bytes()
     assert files.load_tensors(path)["step"] == 3
-    for i in range(0, len(good), 97):
-        path.write_bytes(good[:i] + bytes([good[i] ^ 4]) + good[i + 1:])
-        with pytest.raises(UserError, match="damaged"):
-            files.load_tensors(path)
-    for cut in (0, 10, 64, len(good) - 1):
-        path.write_bytes(good[:cut])
+    for bad in (*(good[:i] + bytes([good[i] ^ 4]) + good[i + 1:] for i in range(0, len(good), 97)),
+                *(good[:cut] for cut in (0, 10, 64, len(good) - 1))):
+        path.write_bytes(bad)
         with pytest.raises(UserError, match="damaged"):
             files.load_tensors(path)
 
@@ -243,7 +475,7 @@ def test_a_pickle_payload_is_not_run(tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_file_and_says_which(tmp_path, monkeypatch):
     path = tmp_path / "x.json"
     files.write_json(path, {"a": 1})
 
@@ -251,23 +483,19 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(OSError, match=r"No space left on device: .*x\.json"):
         files.write_json(path, {"a": 2})
     assert files.read_json(path) == {"a": 1} and len(list(tmp_path.iterdir())) == 1
 
 
-def test_json_files_carry_a_checksum(tmp_path):
-    """A flipped bit that leaves JSON whole is seen; other spaces and key orders are no damage."""
-    path = tmp_path / "x.json"
-    files.write_json(path, {"b": [1.5, float("inf"), "é"], "a": {"steps": 100}})
-    whole = path.read_text()
-    assert files.read_json(path) == {"a": {"steps": 100}, "b": [1.5, float("inf"), "é"]}
-    path.write_text(json.dumps(json.loads(whole), sort_keys=True))
-    assert files.read_json(path)["a"] == {"steps": 100}
-    for bad in (whole.replace("100", "108"), whole.replace('"checksum"', '"checksun"'),
-                whole.replace('"a"', '"c"'), "{", "[]", "{}", "[" * 100_000, '{"a": "\udc80'):
+def test_json_is_an_object_or_damaged(tmp_path):
+    path, value = tmp_path / "x.json", {"b": [1.5, float("inf"), "é"], "a": {"steps": 100}}
+    files.write_json(path, value)
+    assert files.read_json(path) == value == json.loads(path.read_text())
+    assert files.sha256_json(value) == files.sha256_json(dict(reversed(value.items())))
+    for bad in ("{", "[]", "", "[" * 100_000, '{"a": "\udc80"}'):
         path.write_bytes(bad.encode("utf-8", "surrogateescape"))
-        with pytest.raises(UserError, match="is damaged"):
+        with pytest.raises(UserError, match=r"x\.json is damaged"):
             files.read_json(path)
 
 
@@ -277,3 +505,33 @@ def test_a_lock_is_held_once_and_dies_with_its_owner(tmp_path):
         files.lock_folder(tmp_path)
     first.close()
     files.lock_folder(tmp_path)
+
+
+def test_without_locks_there_is_one_warning(tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    monkeypatch.delattr(files.lock_folder, "warned", raising=False)
+    for _ in range(2):
+        files.lock_folder(tmp_path, wait="it prepares a corpus")
+    assert capsys.readouterr().err.count("warning: no locks on the file system") == 1
+    monkeypatch.delattr(files.lock_folder, "warned")
+
+
+@pytest.mark.parametrize("error, line, status", [
+    (UserError("two\nlines"), "error: two lines", 2),
+    (FileNotFoundError(2, "No such file", "x.txt"), "error: x.txt: No such file", 2),
+    (OSError(28, "No space left", "y"), "error: y: No space left; what is on disk is whole", 2),
+    (KeyboardInterrupt(), "\ninterrupted: nothing that was finished is lost", 130),
+])
+def test_what_a_user_can_put_right_is_one_line(error, line, status, monkeypatch, capsys):
+    def main():
+        raise error
+
+    for name in ("stdout", "stderr"):
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # run_script wraps them
+    with pytest.raises(SystemExit) as stop:
+        files.run_script(main)
+    out = capsys.readouterr().err
+    assert stop.value.code == status and out.startswith(line) and out.strip().count("\n") == 0

@@ -19,6 +19,7 @@ import pytest
 
 from data import corpus as corpora
 from data import download as D
+from data import text as texts
 from data.files import UserError, read_json
 from data.tokenizer import Tokenizer
 
@@ -27,8 +28,8 @@ SHA = hashlib.sha256(DATA).hexdigest()
 
 
 class Server(http.server.BaseHTTPRequestHandler):
-    """/cut (half, then closed), /short, /long, /wrong, /403, /404, /moved, /stall, /slow, /norange,
-    and anything else is DATA; or, where there are server.files {name: bytes}, only these."""
+    """/cut (half, then closed), /short, /long, /page, /wrong, /403, /404, /moved, /stall, /slow,
+    /norange; anything else is DATA; or, where there are server.files {name: bytes}, only these."""
 
     seen = []
 
@@ -41,7 +42,8 @@ class Server(http.server.BaseHTTPRequestHandler):
             self.send_response(302)
             self.send_header("Location", "/good")
             return self.end_headers()
-        body = {"short": DATA[:-5], "long": DATA + b"x", "wrong": DATA[::-1]}.get(what, DATA)
+        body = {"short": DATA[:-5], "long": DATA + b"x", "wrong": DATA[::-1],
+                "page": b"log in..."}.get(what, DATA)
         if self.server.files is not None:
             body = self.server.files.get(what)
             if body is None:
@@ -107,6 +109,17 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path, capsys)
         get(target, server + "good")
 
 
+def test_jobs_that_start_together_fetch_a_file_once(server, tmp_path, capsys):
+    target = tmp_path / "file.zip"
+    threads = [threading.Thread(target=get, args=(target, server + "slow")) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert target.read_bytes() == DATA and len(Server.seen) == 1
+    assert "waiting for another process: it downloads file.zip" in capsys.readouterr().err
+
+
 def test_what_was_cut_is_resumed(server, tmp_path):
     target = tmp_path / "file.zip"
     with pytest.raises(UserError, match="goes on where it stopped"):
@@ -117,25 +130,28 @@ def test_what_was_cut_is_resumed(server, tmp_path):
     assert Server.seen[-1][1] == f"bytes={len(DATA) // 2}-"
 
 
-def test_a_server_without_ranges_begins_again(server, tmp_path):
+def test_where_a_part_is_of_no_use_it_begins_again(server, tmp_path):
     target = tmp_path / "file.zip"
-    (tmp_path / "file.zip.part").write_bytes(b"rubbish")
-    get(target, server + "norange")
-    assert target.read_bytes() == DATA
+    for what, rubbish in (("norange", b"rubbish"), ("good", DATA + b"too much")):
+        (tmp_path / "file.zip.part").write_bytes(rubbish)
+        get(target, server + what)
+        assert target.read_bytes() == DATA
+        target.unlink()
 
 
 @pytest.mark.parametrize("what, reason", [
-    ("403", "status 403"), ("404", "status 404"), ("wrong", "wrong checksum"),
-    ("short", "cut off after 511995 of 512000"), ("long", "more than the expected"),
+    ("403", "HTTP Error 403: Forbidden"), ("404", "HTTP Error 404"), ("wrong", "wrong checksum"),
+    ("short", "cut off after 511995 of 512000"), ("long", "more than the expected 512000"),
+    ("page", "9 bytes where 512000 were expected"),
 ])
 def test_partial_or_wrong_data_is_never_taken_for_whole(server, tmp_path, what, reason):
     target = tmp_path / "file.zip"
     with pytest.raises(UserError, match=reason) as error:
         get(target, server + what)
-    assert not target.exists() and str(target) in str(error.value) and SHA in str(error.value)
-    if what != "long":
-        get(target, server + what, server + "moved")  # the next mirror, and a redirect
-        assert target.read_bytes() == DATA
+    assert not target.exists() and f"({server}{what}: " in str(error.value)
+    assert f"put the file at {target} by hand (sha256 {SHA})" in str(error.value)
+    get(target, server + what, server + "moved")  # the next mirror, and a redirect
+    assert target.read_bytes() == DATA
 
 
 def test_a_network_that_fails_in_the_middle_is_no_traceback(server, tmp_path, monkeypatch):
@@ -161,7 +177,7 @@ def test_undo_tokens():
          "In 1,000 A.D., the well-known (1.5 m): \"I don't; it's 5%\"."),
         ("usually , he would be tearing around !", "usually, he would be tearing around!"),
     ):
-        assert corpora.undo_tokens(line) == plain
+        assert texts.undo_tokens(line) == plain
 
 
 def wikitext(articles, seed):
@@ -184,12 +200,12 @@ def test_wikitext_by_name(server, tmp_path, monkeypatch):
             archive.writestr(f"wikitext-2-raw/wiki.{split}.raw", wikitext(articles, articles))
         archive.writestr("../../outside.txt", "never written")
     monkeypatch.setattr(sys.modules[__name__], "DATA", buffer.getvalue())
-    monkeypatch.setitem(corpora.NAMED, "wikitext2", dict(
+    monkeypatch.setitem(D.NAMED, "wikitext2", dict(
         urls=[server + "small.zip"], size=len(buffer.getvalue()),
         sha256=hashlib.sha256(buffer.getvalue()).hexdigest()))
     folder = corpora.prepare("wikitext2", 320, tmp_path / "cache")
     archive = tmp_path / "cache" / "downloads" / "small.zip"
-    documents = list(corpora.read_documents([archive], "wikitext2"))
+    documents = list(texts.read_documents([archive], "wikitext2"))
     assert [split for split, _ in documents] == ["train"] * 80 + ["valid"] * 5
     assert all(len(d) == 2 and "well-known one." in d[0] for _, d in documents)
     assert not any("=" in p for _, d in documents for p in d)
@@ -202,7 +218,7 @@ def test_wikitext_by_name(server, tmp_path, monkeypatch):
 
 
 def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(corpora, "MAX_DOCUMENT", 500)
+    monkeypatch.setattr(texts, "MAX_DOCUMENT", 500)
     lines = [f"sentence {i} , he said ." for i in range(200)]
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
@@ -216,10 +232,10 @@ def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):
         archive.addfile(link)
     path = tmp_path / "bookcorpus.tar.bz2"
     path.write_bytes(bz2.compress(buffer.getvalue()))
-    documents = list(corpora.read_documents([path], "bookcorpus"))
+    documents = list(texts.read_documents([path], "bookcorpus"))
     assert len(documents) > 5 and {split for split, _ in documents} == {""}
     together = sum((d for _, d in documents), [])
     assert together == [f"sentence {i}, he said." for i in range(200)]
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match="damaged"):
-        list(corpora.read_documents([path], "bookcorpus"))
+    with pytest.raises(UserError, match="bookcorpus.tar.bz2.* cannot be unpacked, copy it again"):
+        list(texts.read_documents([path], "bookcorpus"))
