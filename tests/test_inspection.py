@@ -290,7 +290,8 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
     (["RUN", "token " * 100], "from 2 to 62"),
     (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
     (["RUN", "the model reads", "--html", "/"], "name another"),
-    (["RUN", "the", "model", "reads"], "unrecognized arguments"), (["a sentence"], "not a run folder"),
+    (["RUN", "the", "model", "reads"], "unrecognized arguments"),
+    (["a sentence"], "not a run folder"),
     (["nowhere", "a b c d"], "not a run folder"), ([ROOT, "a b c d"], "not a run folder"),
 ])
 def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
