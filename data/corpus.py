@@ -255,8 +255,7 @@ def block_order(n_blocks, seed, step, batch_size):
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def epoch_order(seed, epoch, n_blocks):
-    # numpy pads seeds with zeros: (seed, epoch) is the stream of masking.draw(seed, epoch, POOL).
-    # The two never meet in one step but for the first, and no order depends on what is masked.
+    # numpy pads seeds with zeros: this is the stream (seed, epoch, 0), ORDER in masking.py.
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
 
 

@@ -30,7 +30,7 @@ all() { xargs -P "${JOBS:-2}" -L 1 bash -c 'train "$@"' train; }
 
 shared() {  # STEPS -> the flags of all arms
     echo "--local-start 0 --lr 3e-3 --decay-frac 0 --steps $1 --warmup-frac $(awk "BEGIN { print 200 / $1 }")" \
-        "--eval-every 25 --eval-blocks 256 --log-every 25 --checkpoint-every 500"
+        "--eval-every 25 --eval-blocks 256 --log-every 25 --checkpoint-every 500 --dtype bfloat16"
 }
 
 case ${1:-} in
@@ -46,7 +46,7 @@ arms)
         S="--seed $seed --corpus-tokens $TOKENS $(shared "$STEPS")"
         T="--teacher $RUNS/teacher-$((100 + seed))"
         {
-            echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps 2441"
+            echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps 2441 --dtype bfloat16"
             echo "random-$seed --masking random $S"
         } | all
         {
