@@ -42,7 +42,7 @@ text)
     done | all ;;
 arms)
     # The arms of one seed follow one another, so that whatever stops, whole seeds stand.
-    for seed in $(seq 0 2) $(seq 10 18); do
+    for seed in $(seq 10 18) $(seq 0 2); do
         S="--seed $seed --corpus-tokens $TOKENS $(shared "$STEPS")"
         T="--teacher $RUNS/teacher-$((100 + seed))"
         {
