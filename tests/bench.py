@@ -1,280 +1,304 @@
-"""How fast is it, next to what the machine can do and next to others?
+"""How fast are a training step and a fine-tuning step, next to the machine's peak and to others?
 
-    python -m tests.bench              # 15 minutes on two cores, no data needed
-    python -m tests.bench --full       # every shape: tiny and mini, vocabularies of 8192 and 30522
-    python -m tests.bench --only training --vocab-size 30522    # one table, at one shape
-    python -m tests.bench --dtype bfloat16      # where the CPU multiplies it
-    python -m tests.bench --json       # for a program
+    python -m tests.bench                            # some ten minutes on two cores, no data needed
+    python -m tests.bench --size tiny --vocab-size 30522
+    python -m tests.bench --device cuda --dtype bfloat16 --batch-size 256
 
-Training is measured by running train.py as it is, on a text made of random words, and reading
-tokens/s from its log: nothing is timed that a user does not run. Each variant is a process of its
-own, so each has its own peak memory; they take turns, and the figures are medians over the rounds.
+Prints one table. A training row calls train.update, a fine-tuning row glue.fine_tune, as the
+scripts do, on random tokens with frequencies as in a language. Each case is a process of its own,
+so each has its own peak memory; they take turns, and the figures are medians over the rounds.
 Ratios are taken within a round: on a machine that is shared they mean more than the figures.
 
-`peak` is the product of 1024 x 1024 matrices in the same --dtype, measured in every round. The
-share of it counts the matrix-product FLOPs that a variant really executes (model.forward_flops):
-one that computes logits which nobody reads has a high share and is slow all the same.
+`peak` is the product of two large square matrices in the same --dtype, measured in every round.
+The share of it counts the matrix-product FLOPs that a step really executes: one that computes
+logits which nobody reads has a high share and is slow all the same. In fine-tuning only those of
+real tokens count, not those of padding.
 
-Where Hugging Face transformers is installed its BERT of the same shape runs too: SDPA, the same
-dropout, threads, batch, fused AdamW and clipping, 80/10/10 masking as its collator does it.
-`as it is`: logits for every token, labels of -100 where nothing is masked. `gathered`: the rows of
-masked tokens are picked before the head.
+Where Hugging Face transformers is installed its BERT of the same shape takes the same steps, in the
+same way: the memory setting of data/machine.py, SDPA, autocast, fused AdamW, clipping, no dropout;
+in pretraining 80/10/10 masking as its collator does it, and logits for every token ("as it is") or
+for the masked ones alone ("gathered"); in fine-tuning the very batches of glue.py, rows of like
+length together.
 """
 
-import argparse
-import importlib.metadata
 import importlib.util
 import json
+import math
 import os
-import platform
-import random
 import statistics
 import subprocess
 import sys
-import tempfile
-from functools import partial
+import time
+from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
-from tqdm import tqdm
+import numpy as np
+import torch
+import torch.nn.functional as F
 
-from data.files import UserError, check_range, refuse_command, run_script
-from data.tables import grid
-from tests.bench_steps import BATCH, LENGTHS, SEQ_LEN, timed
+import glue
+import train
+from data.files import UserError, progress, run_script
+from data.flags import check_ranges, defaults, flag_parser
+from data.machine import MACHINE_FLAGS, Machine
+from data.tokenizer import CLS, MASK, N_SPECIAL, PAD, SEP
+from model import SIZES, Bert, Shape
+from train import make_optimizer
 
 ROOT = Path(__file__).parent.parent
-TEACHER = "TEACHER"  # stands for the teacher's run folder
-ARMS = {
-    "random": ["--masking", "random"],
-    "entropy": ["--masking", "entropy", "--teacher", TEACHER],
-    "self, masked": ["--masking", "self"],
-    "self, clear": ["--masking", "self", "--score-input", "clear"],
-    "self, type": ["--masking", "self", "--score-input", "type"],
-    "self + distillation": ["--masking", "self", "--teacher", TEACHER, "--distill", "complete"],
+FLAGS = {"Bench": [
+    ("size", "mini", tuple(SIZES), "layers and width, as python model.py lists them"),
+    ("vocab-size", 8192, "above 0", "pieces"),
+    ("batch-size", 16, "above 0", "rows of an update"),
+    ("seq-len", 128, "at least 16", "tokens of a pretraining row, and most of a fine-tuning row"),
+    ("steps", 10, "above 0", "updates of a training case"),
+    ("rows", 640, "above 0", "rows of a fine-tuning epoch"),
+    ("rounds", 3, "above 0", "how often every case runs"),
+    ("only", "", None, "cases whose name has this in it"),
+], "Machine": MACHINE_FLAGS}
+ARMS = {  # what differs from the random arm
+    "random": {},
+    "entropy": {"masking": "entropy"},
+    "self, masked": {"masking": "self"},
+    "self, unmasked": {"masking": "self", "score_input": "unmasked"},
+    "self, unmasked, pool 0": {"masking": "self", "score_input": "unmasked", "pool": 0},
+    "self, vocabulary": {"masking": "self", "score_input": "vocabulary"},
+    "random + distillation": {"distill": "complete"},
+    "self + distillation": {"masking": "self", "distill": "complete"},
 }
-SHAPES = {"tiny": (2, 128), "mini": (4, 256)}
+# Tokens in a row, mean and deviation: those of GLUE's training rows with a vocabulary of 8192.
+LENGTHS = {"CoLA": (12.9, 4.7), "MNLI": (45.4, 21.2)}
+
+
+def zipf_tokens(count, vocab_size, seed=0):
+    """Ordinary tokens with frequencies as in a language (Zipf) -> (count,) uint16."""
+    p = 1 / (np.arange(vocab_size - N_SPECIAL) + 2.7)
+    rng = np.random.default_rng(seed)
+    return (N_SPECIAL + rng.choice(len(p), count, p=p / p.sum())).astype(np.uint16)
+
+
+def rows_like(task, count, vocab_size, longest=128):
+    """-> [(ids, length of the first sentence)] with sentence lengths like the task's."""
+    rng, (mean, deviation) = np.random.default_rng(0), LENGTHS[task]
+    # Lengths are skewed: a lognormal with this mean and deviation.
+    sigma = math.log(1 + (deviation / mean) ** 2) ** 0.5
+    lengths = np.exp(rng.normal(math.log(mean) - sigma**2 / 2, sigma, count))
+    lengths = lengths.round().clip(5, longest).astype(int)
+    tokens = np.split(zipf_tokens(lengths.sum(), vocab_size), lengths.cumsum()[:-1])
+    return [(ids, len(ids)) for ids in tokens]
 
 
 # --------------------------------------------------------------------------------------------------
-# processes
+# cases: (args, machine, ...) -> step(), the tokens that it reads, the FLOPs that it takes
 
 
-def run_child(function, threads, **arguments):
-    """function(**arguments) of bench_steps.py, in a process of its own -> the dict it returns."""
-    code = f"from tests import bench_steps as b; b.reply(b.{function}(**{arguments!r}))"
-    return json.loads(spawn([sys.executable, "-c", code], threads).splitlines()[-1])
+def training(args, machine, arm):
+    """train.update, of one arm."""
+    T, V = args.seq_len, args.vocab_size
+    blocks = zipf_tokens(64 * args.batch_size * (T - 2), V).reshape(-1, T - 2)
+    text = SimpleNamespace(
+        train=blocks, valid=blocks[:1], counts=np.ones(V, dtype=np.int64),
+        tokenizer=SimpleNamespace(vocab_size=V, pieces=["▁a"] * V))
+    flags, _ = train.parse_args(["--masking", "random", "--size", args.size, "--seq-len", str(T),
+                                 "--batch-size", str(args.batch_size), "--out", os.devnull + "-"])
+    vars(flags).update(ARMS[arm])
+    job, *_ = train.build(flags, machine, text)
+    if flags.masking == "entropy" or flags.distill != "off":
+        job.teacher = Bert(job.model.shape).to(machine.device).eval().requires_grad_(False)
+    steps = iter(range(10**9))
+    return (lambda: train.update(flags, job, next(steps)), args.batch_size * T,
+            train.count_flops(flags, job.model.shape, job.teacher, [0]))
 
 
-def spawn(argv, threads):
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(argv, cwd=ROOT, env=environment, capture_output=True, text=True)
+def transformers_bert(args, kind):
+    """Its BERT of the same shape, without dropout."""
+    import transformers
+
+    (layers, width), name = SIZES[args.size], f"BertFor{kind}"
+    return getattr(transformers, name)(transformers.BertConfig(
+        vocab_size=args.vocab_size, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, intermediate_size=4 * width, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=args.seq_len,
+        attn_implementation="sdpa")).train()
+
+
+def learner(model, machine, loss_of, lr=1e-3):
+    """-> update(*batch): one step of AdamW as train.py and glue.py take it."""
+    model.to(machine.device)
+    optimizer = make_optimizer(model, lr, 0.01)
+
+    def update(*batch):
+        with machine.autocast():
+            loss = loss_of(*batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return update
+
+
+def transformers_training(args, machine, gathered):
+    """BertForMaskedLM, masked as DataCollatorForLanguageModeling does it: a coin for each token."""
+    model, T, V = transformers_bert(args, "MaskedLM"), args.seq_len, args.vocab_size
+    tokens = zipf_tokens(args.batch_size * T, V).reshape(-1, T).astype(np.int64)
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    tokens = torch.from_numpy(tokens).to(machine.device)
+
+    def loss_of():
+        coins = torch.rand(4, *tokens.shape, device=machine.device)
+        masked = (coins[0] < 0.15) & (tokens >= N_SPECIAL)
+        labels = tokens.masked_fill(~masked, -100)
+        inputs = tokens.masked_fill(masked & (coins[1] < 0.8), MASK)
+        another = masked & (coins[1] >= 0.8) & (coins[2] < 0.5)
+        inputs = torch.where(another, (coins[3] * V).long(), inputs)
+        if not gathered:
+            return model(inputs, labels=labels).loss
+        hidden = model.bert(inputs).last_hidden_state[masked]
+        return F.cross_entropy(model.cls(hidden), labels[masked])
+
+    flops = 3 * args.batch_size * dense_flops(
+        *SIZES[args.size], T, V, 0.15 * (T - 2) if gathered else T)
+    return learner(model, machine, loss_of), tokens.numel(), flops
+
+
+def dense_flops(layers, width, T, V=0, predicted=0):
+    """As model.forward_flops, for a last block that computes every token."""
+    d = width
+    return layers * T * (24 * d**2 + 4 * T * d) + predicted * (2 * d**2 + 2 * d * V)
+
+
+def tuning(args, machine, task, others):
+    """An epoch of glue.fine_tune, or of transformers on the same batches."""
+    rows = rows_like(task, args.rows, args.vocab_size, args.seq_len)
+    labels, lengths = [i % 2 for i in range(args.rows)], np.array([len(ids) for ids, _ in rows])
+    recipe = Namespace(**{**defaults({"": glue.FLAGS["Recipe"]}), "epochs": 1, "lr": 1e-3,
+                          "embedding_lr": 1e-3, "batch_size": args.batch_size})
+    flops = 3 * sum(dense_flops(*SIZES[args.size], int(n)) for n in lengths)
+    if not others:
+        model = glue.Classifier(Bert(Shape(args.vocab_size, *SIZES[args.size], args.seq_len)), 2,
+                                recipe.pool_output).to(machine.device)
+        return (lambda: glue.fine_tune(model, rows, labels, recipe, 0, machine), lengths.sum(),
+                flops)
+    model = transformers_bert(args, "SequenceClassification")
+    update = learner(model, machine, lambda ids, attend, y: model(
+        ids, attention_mask=attend, labels=y).loss)
+
+    def epoch():
+        for chosen in glue.batches(lengths, args.batch_size, 0, 0):
+            ids = np.full((len(chosen), lengths[chosen].max()), PAD)
+            for i, row in enumerate(chosen):
+                ids[i, :lengths[row]] = rows[row][0]
+            ids = torch.from_numpy(ids).to(machine.device)
+            update(ids, ids != PAD, torch.tensor([labels[i] for i in chosen]).to(machine.device))
+
+    return epoch, lengths.sum(), flops
+
+
+def peak(args, machine):
+    """The product of two large square matrices."""
+    n = 8192 if machine.device.type == "cuda" else 1024
+    a, b, out = torch.randn(3, n, n, device=machine.device).to(getattr(torch, machine.dtype))
+    return lambda: torch.mm(a, b, out=out), 0, 2 * n**3
+
+
+CASES = {  # name -> (function, its arguments, the case with which it is compared)
+    "peak": (peak, (), "peak"),
+    **{f"train.py, {arm}": (training, (arm,), "train.py, random") for arm in ARMS},
+    "transformers, as it is": (transformers_training, (False,), "train.py, random"),
+    "transformers, gathered": (transformers_training, (True,), "train.py, random"),
+}
+for task in LENGTHS:
+    CASES |= {f"glue.py, {task}": (tuning, (task, False), f"glue.py, {task}"),
+              f"transformers, {task}": (tuning, (task, True), f"glue.py, {task}")}
+
+
+def measure(name, args):
+    """Run a case in this process -> tokens/s, FLOP/s, FLOPs a token, MB."""
+    machine = Machine(args)
+    torch.manual_seed(0)
+    function, arguments, _ = CASES[name]
+    step, tokens, flops = function(args, machine, *arguments)
+    warm, count = (1, 2) if function is tuning else (3, args.steps)
+    seconds = []
+    for _ in range(warm + count):
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        step()
+        if machine.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    # What the machine can do is its fastest product; what a step takes, the median of the steps.
+    second = min(seconds[warm:]) if function is peak else statistics.median(seconds[warm:])
+    return {"tokens_per_s": float(tokens / second), "flops_per_s": flops / second,
+            "flops_per_token": float(flops / tokens) if tokens else 0.0,
+            "memory_mb": machine.peak_memory() >> 20, "about": machine.about}
+
+
+# --------------------------------------------------------------------------------------------------
+
+
+def measure_apart(name, words, threads):
+    """measure() in a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "tests.bench", *words, "--only", name, "--case"],
+                          cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": str(threads or os.cpu_count())})
     if done.returncode:
-        raise UserError(f"{' '.join(map(str, argv))[:200]} failed: {done.stderr[-500:]}")
-    return done.stdout
+        raise UserError(f"{name} failed: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-# --------------------------------------------------------------------------------------------------
-# the runs
+def table(results):
+    """{case: [what each round gave]} -> the lines of a Markdown table. Ratios to the first case of
+    a kind and to the peak are medians over the rounds."""
+    lines = ["| step | tokens/s | time / first | FLOPs / first | share of peak | memory (MB) |",
+             "|---|---|---|---|---|---|"]
+    for name, rounds in results.items():
+        first = results.get(CASES[name][2])
+        if name == "peak":
+            continue
 
+        def median(of):
+            return statistics.median(map(of, rounds, first or rounds, results["peak"]))
 
-def write_text(path, megabytes, types=60_000):
-    """A text of random words with frequencies as in a language (Zipf), documents of some lines."""
-    rng = random.Random(0)
-    syllables = [a + b for a in "bcdfghjklmnprstvwz" for b in "aeiou"]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(types)]
-    weights = [1 / (rank + 2.7) for rank in range(types)]
-    with open(path, "w") as f:
-        while f.tell() < megabytes * 1e6:
-            drawn = rng.choices(words, weights, k=5000)
-            for first in range(0, 5000, 50):
-                f.write(" ".join(drawn[first:first + 50]) + ("\n\n" if first % 500 == 0 else "\n"))
-
-
-def take_turns(variants, rounds):
-    """{name: function() -> dict} -> {name: [what each round gave]}, all of them in every round."""
-    results = {name: [] for name in variants}
-    with tqdm(total=rounds * len(variants), unit=" runs") as bar:
-        for name in list(variants) * rounds:
-            bar.set_description(name)
-            results[name].append(variants[name]())
-            bar.update()
-    return results
-
-
-def median(results, key, against=None):
-    """The median of a figure over the rounds, or of its ratio to another variant's, by round."""
-    against = against or [1] * len(results)
-    return statistics.median(result[key] / other for result, other in zip(results, against))
-
-
-def train_arm(folder, flags, threads, steps):
-    """train.py with these flags -> tokens/s and memory as its log has them, FLOPs of a step."""
-    with tempfile.TemporaryDirectory(dir=folder) as out:
-        spawn([sys.executable, "train.py", *flags, "--steps", str(steps), "--log-every", "5",
-               "--out", f"{out}/run"], threads)
-        log = [json.loads(line) for line in open(f"{out}/run/log.jsonl")]
-        flops = json.load(open(f"{out}/run/config.json"))["flops"] / steps
-    # The first steps map memory and the last line begins before the final evaluation: left out.
-    speeds = [line["tokens_per_s"] for line in log[2:] if "tokens_per_s" in line]
-    return {"tokens_per_s": statistics.median(speeds), "flops_per_step": flops,
-            "memory_mb": log[-1]["peak_memory_mb"]}
-
-
-def bench_training(folder, size, vocab_size, a, peers):
-    """-> rows of the table for all arms at one shape, and for transformers."""
-    layers, width = SHAPES[size]
-    common = ["--corpus", f"{folder}/text.txt", "--cache", f"{folder}/cache", "--size", size,
-              "--vocab-size", str(vocab_size), "--eval-every", "0", "--eval-blocks", "16",
-              "--threads", str(a.threads), "--dtype", a.dtype]
-    teacher = f"{folder}/teacher-{size}-{vocab_size}"
-    spawn([sys.executable, "train.py", *common, "--masking", "random", "--steps", "1",
-           "--out", teacher], a.threads)
-    variants = {"peak": lambda: run_child("matrix_peak", a.threads, dtype=a.dtype)}
-    for name, flags in ARMS.items():
-        flags = [teacher if flag == TEACHER else flag for flag in flags]
-        if name != "random":
-            flags += ["--init-frac", "0"]
-        variants[name] = partial(train_arm, folder, common + flags, a.threads, a.steps)
-    for gathered in (False, True) if peers else ():
-        name = f"transformers, {'gathered' if gathered else 'as it is'}"
-        variants[name] = lambda gathered=gathered: run_child(
-            "peer_step", a.threads, layers=layers, width=width, vocab_size=vocab_size,
-            gathered=gathered, steps=a.steps, dtype=a.dtype)
-    results = take_turns(variants, a.rounds)
-    peak = [r["flops_per_s"] for r in results.pop("peak")]
-    first = results["random"]
-    for runs in results.values():
-        for run in runs:
-            run["flops_per_s"] = run["flops_per_step"] * run["tokens_per_s"] / (BATCH * SEQ_LEN)
-    return [{
-        "size": size, "vocab_size": vocab_size, "step": name,
-        "tokens_per_s": round(median(runs, "tokens_per_s")),
-        "time": 1 / median(runs, "tokens_per_s", [r["tokens_per_s"] for r in first]),
-        "flops": runs[0]["flops_per_step"] / first[0]["flops_per_step"],
-        "share_of_peak": median(runs, "flops_per_s", peak),
-        "memory_mb": round(median(runs, "memory_mb")),
-        "peak_gflops": round(statistics.median(peak) / 1e9, 1),
-    } for name, runs in results.items()]
-
-
-def bench_tuning(task, size, a, peers):
-    """-> rows of the table: examples/s on rows as long as the task's."""
-    shape = dict(zip(("layers", "width"), SHAPES[size]), task=task, count=a.examples, dtype=a.dtype)
-    variants = {"glue.py": lambda: run_child("tune", a.threads, **shape)}
-    for padded in (True, False) if peers else ():
-        name = "transformers, padded to " + ("128" if padded else "the batch")
-        variants[name] = partial(run_child, "tune_peer", a.threads, padded=padded, **shape)
-    results = take_turns(variants, a.rounds)
-    ours = [r["examples_per_s"] for r in results["glue.py"]]
-    return [{"size": size, "task": task, "loop": name,
-             "examples_per_s": round(median(runs, "examples_per_s")),
-             "times_slower": 1 / median(runs, "examples_per_s", ours),
-             "memory_mb": round(median(runs, "memory_mb"))} for name, runs in results.items()]
-
-
-def bench_preparation(folder, a):
-    """-> rows of the table: MB/s of encoding a text, and of one four times as long."""
-    variants, tokenizer = {}, f"{folder}/tokenizer.model"
-    run_child("make_tokenizer", a.threads, text=f"{folder}/text.txt", path=tokenizer)
-    for megabytes in (a.megabytes, 4 * a.megabytes):
-        text = f"{folder}/text-{megabytes}.txt"
-        write_text(text, megabytes)
-        for name, function in (("data/corpus.py", "prepare_text"),
-                               ("sentencepiece", "prepare_peer")):
-            variants[f"{name}, {megabytes} MB"] = lambda function=function, text=text: run_child(
-                function, a.threads, text=text, tokenizer=tokenizer)
-    results = take_turns(variants, a.rounds)
-    rows = []
-    for name, runs in results.items():
-        peer = results["sentencepiece," + name.partition(",")[2]]
-        rows.append({"encoder": name, "mb_per_s": median(runs, "mb_per_s"),
-                     "share": median(runs, "mb_per_s", [r["mb_per_s"] for r in peer]),
-                     "memory_mb": round(median(runs, "memory_mb"))})
-    return rows
-
-
-def bench_help(a):
-    return timed(lambda: spawn([sys.executable, "train.py", "--help"], a.threads), 1, 2 * a.rounds)
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def show(rows, markdown):
-    """Rows (dicts with the same keys) -> a table as text."""
-    names = {"tokens_per_s": "tokens/s", "time": "time / random", "flops": "FLOPs / random",
-             "share_of_peak": "share of peak", "memory_mb": "memory (MB)", "mb_per_s": "MB/s",
-             "examples_per_s": "examples/s", "times_slower": "time / glue.py",
-             "share": "speed / sentencepiece", "peak_gflops": "peak (GFLOP/s)"}
-    header = [names.get(key, key.replace("_", " ")) for key in rows[0]]
-    cells = [[f"{value:.2f}" if isinstance(value, float) else str(value)
-              for value in row.values()] for row in rows]
-    return grid([header, *cells], markdown)
+        time_ratio = median(lambda r, f, _: f["tokens_per_s"] / r["tokens_per_s"])
+        flops_ratio = rounds[0]["flops_per_token"] / (first or rounds)[0]["flops_per_token"]
+        share = median(lambda r, _, p: r["flops_per_s"] / p["flops_per_s"])
+        ratios = f"{time_ratio:.2f} | {flops_ratio:.2f}" if first else "- | -"
+        lines.append(f"| {name} | {median(lambda r, *_: r['tokens_per_s']):.0f} | {ratios} | "
+                     f"{share:.2f} | {median(lambda r, *_: r['memory_mb']):.0f} |")
+    return lines
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--full", action="store_true", help="every shape, not only one")
-    parser.add_argument("--size", choices=SHAPES, help="one shape (default mini)")
-    parser.add_argument("--vocab-size", type=int, metavar="X",
-                        help="pieces, where it trains (default 8192)")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32",
-                        help="of the matrix products, also of transformers' (default float32)")
-    parser.add_argument("--only", choices=("training", "tuning", "preparation"),
-                        help="one table, not all three")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--markdown", action="store_true", help="print tables for a README")
-    for name, default, text in (
-            ("threads", os.cpu_count(), "CPU threads"),
-            ("rounds", 3, "how often every variant runs"),
-            ("steps", 20, "updates of a training run"),
-            ("examples", 1600, "rows of a fine-tuning epoch"),
-            ("megabytes", 10, "size of the text to prepare, and a quarter of the larger one")):
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="X",
-                            help=f"{text} (default {default})")
-    parser.error = refuse_command
-    a = parser.parse_args()
-    check_range(vars(a), "threads rounds examples megabytes", lambda v: v > 0, "above 0")
-    if a.full and (a.size or a.vocab_size is not None):
-        raise UserError("--full is every shape: leave out --size and --vocab-size")
-    sizes = list(SHAPES) if a.full else [a.size or "mini"]
-    vocab_sizes = (8192, 30522) if a.full else (8192 if a.vocab_size is None else a.vocab_size,)
-    check_range({"vocab_size": vocab_sizes[0]}, "vocab_size",
-                lambda v: 600 <= v <= 65536, "from 600 to 65536")
-    check_range(vars(a), "steps", lambda v: v >= 15, "at least 15, of which 10 are measured")
+    parser = flag_parser("python -m tests.bench [FLAGS]", __doc__, FLAGS)
+    parser.add_argument("--case", action="store_true", help="measure --only here, print JSON")
+    typed = vars(parser.parse_args())
+    case = typed.pop("case", False)
+    args = Namespace(**{**defaults(FLAGS), **typed})
+    check_ranges(args, FLAGS)
+    if case:
+        return print(json.dumps(measure(args.only, args)))
     peers = importlib.util.find_spec("transformers") is not None
     if not peers:
         print("transformers is not installed: its rows are left out", file=sys.stderr)
-
-    result = {
-        "machine": f"{os.cpu_count()} x {cpu_name()}", "threads": a.threads, "dtype": a.dtype,
-        "python": platform.python_version(), "torch": importlib.metadata.version("torch"),
-        "transformers": importlib.metadata.version("transformers") if peers else None,
-        "help_seconds": round(bench_help(a), 3)}
-    if not a.json:
-        print(", ".join(f"{key} {value}" for key, value in result.items()), flush=True)
-
-    with tempfile.TemporaryDirectory() as folder:
-        write_text(f"{folder}/text.txt", 12)  # enough for 30522 pieces
-        tables = {
-            "training": lambda: [row for size in sizes for vocab_size in vocab_sizes
-                                 for row in bench_training(folder, size, vocab_size, a, peers)],
-            "tuning": lambda: [row for size in sizes for task in LENGTHS
-                               for row in bench_tuning(task, size, a, peers)],
-            "preparation": lambda: bench_preparation(folder, a)}
-        for name in [a.only] if a.only else tables:
-            result[name] = tables[name]()
-            if not a.json:  # told at once: what is measured later may be interrupted
-                print(f"\n{show(result[name], a.markdown)}", flush=True)
-    if a.json:
-        print(json.dumps(result, indent=1))
-
-
-def cpu_name():
-    """What the processor calls itself."""
-    info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    name = info.partition("model name")[2].partition(":")[2].partition("\n")[0].strip()
-    return name or platform.processor() or platform.machine()
+    names = [name for name in CASES if name == "peak" or args.only in name
+             and (peers or "transformers" not in name)]
+    words = [word for name, value in typed.items() if name != "only"
+             for word in (f"--{name.replace('_', '-')}", str(value))]
+    results = {name: [] for name in names}
+    with progress(total=args.rounds * len(names), unit=" cases", unit_scale=False) as bar:
+        for name in names * args.rounds:
+            bar.set_description(name)
+            results[name].append(measure_apart(name, words, args.threads))
+            bar.update()
+    gflops = statistics.median(r["flops_per_s"] for r in results["peak"]) / 1e9
+    print(f"{results['peak'][0]['about']}, torch {torch.__version__}, {args.size}, "
+          f"{args.vocab_size} pieces, {args.batch_size} rows of {args.seq_len}, peak {gflops:.0f} "
+          f"GFLOP/s, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}\n")
+    print("\n".join(table(results)))
 
 
 if __name__ == "__main__":

@@ -1,53 +1,64 @@
 """Is what the benchmark says about a step true?   python -m pytest tests/test_bench.py -q"""
 
-import numpy as np
+from argparse import Namespace
 
+import numpy as np
+import pytest
+import torch
+
+from data.flags import defaults
+from data.machine import Machine
 from model import Shape, forward_flops
 from tests import bench
-from tests import bench_steps as steps
 
 
-def test_an_arm_is_train_py_and_its_flops_are_those_of_the_model(tmp_path):
-    bench.write_text(tmp_path / "text.txt", 0.3, types=400)
-    flags = ["--corpus", str(tmp_path / "text.txt"), "--cache", str(tmp_path / "cache"),
-             "--vocab-size", "500", "--layers", "2", "--width", "64", "--eval-every", "0",
-             "--eval-blocks", "4", "--threads", "1"]
-    random, own = (bench.train_arm(tmp_path, [*flags, "--masking", *masking], 1, 15)
-                   for masking in (["random"], ["self", "--init-frac", "0"]))
-    shape = Shape(500, 2, 64)
-    step = 3 * forward_flops(shape, steps.SEQ_LEN, 19)
-    assert random["flops_per_step"] == steps.BATCH * step
-    assert own["flops_per_step"] == steps.BATCH * (step + forward_flops(shape, steps.SEQ_LEN, 38))
-    assert min(random["tokens_per_s"], own["tokens_per_s"]) > 100 and own["memory_mb"] > 50
-    assert not list(tmp_path.glob("*/run"))  # what was measured is cleared away
+def small(**changes):
+    args = Namespace(**{**defaults(bench.FLAGS), "size": "tiny", "vocab_size": 500, "steps": 2,
+                        "batch_size": 4, "seq_len": 32, "rows": 40, "device": "cpu", "threads": 1,
+                        **changes})
+    return args, Machine(args)
 
 
-def test_flops_of_the_peer_are_ours_where_every_token_is_predicted():
-    for layers, width in bench.SHAPES.values():
-        expected = forward_flops(Shape(8192, layers, width), steps.SEQ_LEN, steps.SEQ_LEN)
-        assert steps.peer_flops(layers, width, 8192, steps.SEQ_LEN) == expected
+@pytest.mark.parametrize("arm, scored", [
+    ("random", 0), ("entropy", 10), ("self, masked", 10), ("self, unmasked, pool 0", 30),
+    ("self, vocabulary", 0)])
+def test_an_arm_learns_by_train_py_and_its_flops_are_those_of_the_model(arm, scored):
+    args, machine = small()
+    step, tokens, flops = bench.training(args, machine, arm)
+    assert torch.isfinite(step()).all() and tokens == 4 * 32
+    shape = Shape(500, 2, 128, 32)
+    wanted = 3 * forward_flops(shape, 32, 5)  # 15 % of 30 tokens, rounded half up
+    assert flops == 4 * (wanted + (forward_flops(shape, 32, scored) if scored else 0))
+
+
+def test_flops_of_others_are_ours_where_every_token_is_predicted():
+    expected = forward_flops(Shape(8192, 4, 256), 128, 128)
+    assert bench.dense_flops(4, 256, 128, 8192, 128) == expected
 
 
 def test_row_lengths_are_those_that_are_claimed():
-    for task, (mean, deviation) in steps.LENGTHS.items():
-        lengths = np.array([n for _, n in steps.rows_like(task, 5000)])
-        assert abs(lengths.mean() / mean - 1) < 0.03
-        assert abs(lengths.std() / deviation - 1) < 0.1
-
-
-def test_variants_take_turns_and_ratios_are_taken_within_a_round():
-    calls, speeds = [], iter([10, 5, 100, 20, 1, 0.25])
-
-    def variant(name):
-        return lambda: calls.append(name) or {"speed": next(speeds)}
-
-    results = bench.take_turns({"a": variant("a"), "b": variant("b")}, 3)
-    assert calls == ["a", "b"] * 3
-    a = [r["speed"] for r in results["a"]]
-    assert bench.median(results["b"], "speed") == 5
-    assert bench.median(results["b"], "speed", a) == 0.25  # 0.5, 0.2, 0.25
+    for task, (mean, deviation) in bench.LENGTHS.items():
+        lengths = np.array([n for _, n in bench.rows_like(task, 5000, 500)])
+        assert abs(lengths.mean() / mean - 1) < 0.03 and abs(lengths.std() / deviation - 1) < 0.1
 
 
 def test_fine_tuning_and_the_peak_are_measured_at_all():
-    assert steps.tune("CoLA", 1, 64, 64)["examples_per_s"] > 1
-    assert steps.matrix_peak(64)["flops_per_s"] > 1e6
+    args, _ = small()
+    tuned, peak = bench.measure("glue.py, CoLA", args), bench.measure("peak", args)
+    assert tuned["tokens_per_s"] > 1 and tuned["memory_mb"] > 50
+    assert 0 < tuned["flops_per_s"] < peak["flops_per_s"]
+
+
+def test_ratios_are_taken_within_a_round():
+    def rounds(speeds, flops):
+        return [{"tokens_per_s": speed, "flops_per_s": 10 * speed, "flops_per_token": flops,
+                 "memory_mb": 9} for speed in speeds]
+
+    results = {"peak": rounds([100, 200, 40], 0), "train.py, random": rounds([10, 100, 1], 2.0),
+               "train.py, entropy": rounds([5, 20, 0.25], 3.0)}
+    lines = bench.table(results)
+    assert lines[2] == "| train.py, random | 10 | 1.00 | 1.00 | 0.10 | 9 |"
+    # 2, 5 and 4 times as long; of the peak 0.05, 0.1 and 0.006
+    assert lines[3] == "| train.py, entropy | 5 | 4.00 | 1.50 | 0.05 | 9 |"
+    assert bench.table({name: results[name] for name in ("peak", "train.py, entropy")})[2] == (
+        "| train.py, entropy | 5 | - | - | 0.05 | 9 |")
