@@ -158,26 +158,23 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
 # differences
 
 
-ENDPOINTS = {"primary": "primary endpoint", "glue": "GLUE (8)", "mean": "mean of the tasks"}
-
-
 def differences(tables):
-    """What glue.py prints with --json -> [(title, [(arm, difference, low, high)])], of the first
-    endpoint that a table has; low and high are None where there is one pair."""
+    """What glue.py prints with --json -> [(title, [(arm, difference, low, high)])], of a table's
+    first endpoint, primary where there is one; low and high are None where there is one pair."""
     groups = []
     for table in tables:
-        for end, name in ENDPOINTS.items():
-            found = [(row["name"], row["against"][end]) for row in table["rows"]
-                     if row.get("against", {}).get(end)]
-            if found:
-                title = f"{table['title']}: {name}, difference to {table['baseline']}"
-                groups.append((title, [(arm, c["difference"], c["low"], c["high"])
-                                       for arm, c in found]))
-                break
+        against = {row["name"]: row["against"] for row in table["rows"] if row.get("against")}
+        ends = [end for compared in against.values() for end, c in compared.items() if c]
+        if ends:
+            found = [(arm, compared[ends[0]]) for arm, compared in against.items()
+                     if compared.get(ends[0])]
+            title = f"{table['title']}: {ends[0]}, difference to {table['baseline']}"
+            groups.append((title, [(arm, c["difference"], c["low"], c["high"])
+                                   for arm, c in found]))
     return groups
 
 
-def draw_differences(groups):
+def draw_differences(groups, unit="points", form="+.1f"):
     """[(title, [(arm, difference, low, high)])] -> the text of an SVG: a dot and a bar an arm."""
     rows = [row for _, rows in groups for row in rows]
     values = [0.0] + [value for row in rows for value in row[1:] if value is not None]
@@ -196,16 +193,16 @@ def draw_differences(groups):
             body.append(line(ends, "grid" if x else "ink", 1 if x else 1.5))
         for name, difference, first, last in rows:
             y += 22
-            numbers = f"{difference:+.1f}"
+            numbers = f"{difference:{form}}"
             if first is not None:
-                numbers += f" [{first:+.1f}, {last:+.1f}]"
+                numbers += f" [{first:{form}}, {last:{form}}]"
                 body.append(line([(at(first), y), (at(last), y)], "arm0", 2.5))
             body += [text(12, y, name), text(right + 10, y, numbers, "soft"),
                      f'<circle cx="{at(difference):.1f}" cy="{y}" r="4.5" class="arm0"/>']
         y += 2 * LINE
     body += [text(at(x), y - 8, f"{x:+g}" if x else "0", "soft", "middle")
              for x in ticks(low, high)]
-    body.append(text((left + right) / 2, y + LINE - 6, "points", "soft", "middle"))
+    body.append(text((left + right) / 2, y + LINE - 6, unit, "soft", "middle"))
     return svg(body, WIDTH, y + 2 * LINE)
 
 

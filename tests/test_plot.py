@@ -11,13 +11,13 @@ from tests.test_inspection import write_config
 
 LEVELS = {"plateau": 5.4, "unigram entropy": 6.0}
 TABLE = {"title": "2 layers", "baseline": "random", "rows": [
-    {"name": "majority class"}, {"name": "random", "ends": {}},
+    {"name": "majority class"}, {"name": "random", "scores": {}},
     {"name": "self <high>", "against": {
         "primary": {"difference": 1.0, "low": -1.0, "high": 3.0, "seeds": [0, 1], "p_t": 0.2}}},
     {"name": "no pairs", "against": {"primary": None}},
     {"name": "random weights", "against": {
         "primary": {"difference": -4.0, "low": -5.0, "high": -3.0, "seeds": [0, 1], "p_t": 0.1},
-        "glue": {"difference": -9.0, "low": -9.5, "high": -8.5, "seeds": [0, 1], "p_t": 0.1}}}]}
+        "GLUE (8)": {"difference": -9.0, "low": -9.5, "high": -8.5, "seeds": [0, 1], "p_t": 0.1}}}]}
 
 
 def elements(picture, kind, css=""):
@@ -68,7 +68,7 @@ def test_losses_that_cannot_be_compared_are_not_drawn(tmp_path):
 
 def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
     groups = plot.differences([TABLE])
-    assert groups == [("2 layers: primary endpoint, difference to random",
+    assert groups == [("2 layers: primary, difference to random",
                        [("self <high>", 1.0, -1.0, 3.0), ("random weights", -4.0, -5.0, -3.0)])]
     picture = plot.draw_differences(groups)
     bars = [points_of(e) for e in elements(picture, "polyline", "arm0")]

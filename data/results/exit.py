@@ -130,7 +130,8 @@ def main():
         shifted, {"exit": bound}, title, "training steps after the exit", 1).encode())
     write_atomic(HERE / "exit-ratios.svg", draw_differences([(
         "ln (exit time / exit time of random masking, same seed), 95 % intervals over seeds",
-        [(arm, r["difference"], r["low"], r["high"]) for arm, r in ratios.items() if r])]).encode())
+        [(arm, r["difference"], r["low"], r["high"]) for arm, r in ratios.items() if r])],
+        "below 0 it leaves earlier, above 0 later", "+.2f").encode())
 
 
 if __name__ == "__main__":
