@@ -424,8 +424,11 @@ def load_other(args, flag, text):
     return model.requires_grad_(False), config["flops"] + config["teacher_flops"]
 
 
-def build(args, machine, text):
+def build(args, machine, text, valid):
     """-> (the Job; the FLOPs spent before the first update, on the origin and on the teacher)"""
+    if len(text.train) < args.batch_size:
+        raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
+                        f"of {args.batch_size}: give more text, or a smaller --batch-size")
     teacher, teacher_flops = load_other(args, "teacher", text)
     origin, origin_flops = load_other(args, "init_from", text)
     torch.manual_seed(args.seed)
@@ -438,11 +441,45 @@ def build(args, machine, text):
     forward = machine.parallel(model)
     free = args.score_input == "vocabulary" and args.masking == "self"
     return Job(
-        machine, text, corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device), model,
-        machine.compile(forward) if args.compile else forward,
+        machine, text, valid, model, machine.compile(forward) if args.compile else forward,
         teacher and teacher.to(machine.device), make_optimizer(model, args.lr, args.weight_decay),
         masking.VocabularyMean(model.shape.vocab_size, machine.device) if free else None,
         token_kinds(text.tokenizer.pieces, text.counts)), origin_flops, teacher_flops
+
+
+def train(args, job, run, state):
+    """The loop -> 0 at the end of the run, or the number of the signal that stopped it."""
+    stop, began = catch_signals(), state.step  # a signal asks for a stop after the step
+    bar = progress(total=args.steps, initial=state.step, desc=run.path.name, unit=" steps",
+                   disable=RANK > 0)
+    with bar:
+        while True:  # steps + 1 rounds, of which the last only reports and saves
+            stopping = job.machine.any(bool(stop))
+            last = stopping or state.step == args.steps
+            evaluating = state.step in (0, args.steps) or (
+                args.eval_every and state.step % args.eval_every == 0)
+            reporting = state.step != state.logged and (
+                evaluating or state.step % args.log_every == 0)
+            saving = last or (state.step != began and state.step % args.checkpoint_every == 0)
+            if reporting or saving:
+                check_finite(job, state)
+            if reporting:
+                line = report(args, job, state, run.config["teacher_flops"], evaluating)
+                run.log(state, line)
+                if "train_loss" in line:
+                    bar.set_postfix(loss=f"{line['train_loss']:.2f}", refresh=False)
+                if evaluating:
+                    bar.write(f"step {state.step:6}  held-out loss {line['val_loss']:.3f} (unigram "
+                              f"entropy {job.text.unigram_entropy:.3f})  accuracy "
+                              f"{line['val_accuracy']:.3f}")
+            if saving:
+                run.save(job, state)
+            if last:
+                return (stop or [signal.SIGTERM])[0] if stopping else 0
+            state.pending.append(update(args, job, state.step))
+            state.flops += count_flops(args, job.model.shape, job.teacher, [state.step])
+            state.step += 1
+            bar.update()
 
 
 def main():
@@ -450,17 +487,14 @@ def main():
     machine = Machine(args)
     print(f"machine: {WORLD} x {machine.about}")
     text = load_text(args, earlier, machine)
+    valid = corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device)  # (N, T)
     print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
-          f"{min(len(text.valid), args.eval_blocks)} held out, unigram entropy "
-          f"{text.unigram_entropy:.2f} nats")
-    if len(text.train) < args.batch_size:
-        raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
-                        f"of {args.batch_size}: give more text, or a smaller --batch-size")
-    job, origin_flops, teacher_flops = build(args, machine, text)
+          f"{len(valid)} held out, unigram entropy {text.unigram_entropy:.2f} nats")
     if earlier and (Path(args.out) / "model.pt").exists():  # --eval
-        loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), job.valid, machine)
-        return print(f"{args.out}: held-out loss {loss:.4f} nats (unigram entropy "
-                     f"{text.unigram_entropy:.4f}), accuracy {accuracy:.4f}")
+        loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), valid, machine)
+        return print(f"{args.out}: held-out loss {loss:.4f} nats, accuracy {accuracy:.4f}")
+
+    job, origin_flops, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:
         budget, args.steps = read_config(args.flops_of)["flops"], 1000
         # A step's FLOPs depend on the share of the run that is over: take their mean.
@@ -471,39 +505,9 @@ def main():
     state = run.restore(job, State(flops=origin_flops))
     if earlier:
         print(f"{args.out}: going on after step {state.step}")
-    stop, began = catch_signals(), state.step  # a signal asks for a stop after the step
-    bar = progress(total=args.steps, initial=state.step, desc=run.path.name, unit=" steps",
-                   disable=RANK > 0)
     try:
-        while True:  # steps + 1 rounds, of which the last only reports and saves
-            stopping = machine.any(bool(stop))
-            last = stopping or state.step == args.steps
-            evaluating = state.step in (0, args.steps) or (
-                args.eval_every and state.step % args.eval_every == 0)
-            reporting = state.step != state.logged and (
-                evaluating or state.step % args.log_every == 0)
-            saving = last or (state.step != began and state.step % args.checkpoint_every == 0)
-            if reporting or saving:
-                check_finite(job, state)
-            if reporting:
-                line = report(args, job, state, teacher_flops, evaluating)
-                run.log(state, line)
-                if "train_loss" in line:
-                    bar.set_postfix(loss=f"{line['train_loss']:.2f}", refresh=False)
-                if evaluating:
-                    bar.write(f"step {state.step:6}  held-out loss {line['val_loss']:.3f} (unigram "
-                              f"entropy {text.unigram_entropy:.3f})  accuracy "
-                              f"{line['val_accuracy']:.3f}")
-            if saving:
-                run.save(job, state)
-            if last:
-                break
-            state.pending.append(update(args, job, state.step))
-            state.flops += count_flops(args, job.model.shape, job.teacher, [state.step])
-            state.step += 1
-            bar.update()
+        signal_number = train(args, job, run, state)
     except NotFinite as error:
-        bar.close()
         print(f"error: the loss or its gradient is not finite at step {error}; the last checkpoint "
               "is intact, but a lower --lr is needed", file=sys.stderr)
         sys.exit(1)
@@ -511,11 +515,10 @@ def main():
         if not out_of_memory(error):
             raise
         raise less_memory(run.path, args.micro_batch or args.batch_size // WORLD)
-    bar.close()
     machine.leave()  # after process 0 has saved: torchrun ends the others when one is gone
-    if stopping:
+    if signal_number:
         print(f"stopped after step {state.step}; go on with:  {resume_command(run.path)}")
-        sys.exit(128 + (stop or [signal.SIGTERM])[0])
+        sys.exit(128 + signal_number)
     if not RANK:
         weights = {name: w.cpu() for name, w in job.model.state_dict().items()}
         copy_token_type(weights)
