@@ -103,9 +103,10 @@ def read_documents(paths, corpus=""):
                     yield from read_paragraphs(lines, tokenized=corpus == "bookcorpus")
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile,
                 tarfile.TarError) as error:  # RuntimeError: a .zip with a password
-            if getattr(error, "errno", None):  # it is the disk
+            if getattr(error, "filename", None):  # what cannot be opened has its name
                 raise
-            raise UserError(f"{where} cannot be unpacked, copy it again: {error}")
+            raise UserError(f"{where} cannot be read: {str(error)[:200]}; "
+                            "if it is damaged, copy it again")
 
 
 def check_lines(where, file):
