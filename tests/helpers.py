@@ -5,13 +5,14 @@ import importlib
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 
-from data.files import load_tensors, run_script
-from data.runs import read_log
+from data.files import load_tensors, run_script, save_tensors, sha256_file, write_json
+from data.runs import config_sha256, read_config, read_log
 
 ROOT = Path(__file__).parent.parent
 
@@ -71,3 +72,21 @@ def what_was_logged(run):
     """The log without the clock: what must not depend on interruptions."""
     clock = ("tokens_per_s", "seconds", "peak_memory_mb")
     return [{k: v for k, v in line.items() if k not in clock} for line in read_log(run)]
+
+
+def write_config(run, flags, tokenizer_sha256="", unigram_entropy=6.0):
+    """A config.json as train.py writes it."""
+    run.mkdir(parents=True, exist_ok=True)
+    write_json(run / "config.json", {
+        "flags": flags, "corpus_sha256": "", "tokenizer_sha256": tokenizer_sha256,
+        "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "flops": 1, "teacher_flops": 0,
+        "unigram_entropy": unigram_entropy, "starts": []})
+
+
+def save_run(run, model, tokenizer_path, **flags):
+    """A finished run folder as train.py leaves it."""
+    write_config(run, flags, sha256_file(tokenizer_path))
+    (run / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
+    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict(),
+                                    "config_sha256": config_sha256(read_config(run))})
+    return run

@@ -96,11 +96,11 @@ if __name__ == "__main__":  # here, since what follows is of the tests, and may 
     print(json.dumps(compare(sys.argv[1])))
     sys.exit()
 
-from data.runs import read_config, read_log
-from tests.conftest import GPUS
-from tests.helpers import command
-from tests.test_data import WORDS, write_corpus
-from tests.test_glue_data import LABELS, write_task
+from data.runs import read_config, read_log  # noqa: E402
+from tests.conftest import GPUS  # noqa: E402
+from tests.helpers import command  # noqa: E402
+from tests.test_data import WORDS, write_corpus  # noqa: E402
+from tests.test_glue_data import LABELS, write_task  # noqa: E402
 
 WITH_GPU = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 WITH_GPU.pop("CUDA_VISIBLE_DEVICES")

@@ -237,5 +237,5 @@ def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):
     together = sum((d for _, d in documents), [])
     assert together == [f"sentence {i}, he said." for i in range(200)]
     path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match="bookcorpus.tar.bz2.* cannot be read: Compressed file ended"):
+    with pytest.raises(UserError, match="tar.bz2.* cannot be read: Compressed file ended"):
         list(texts.read_documents([path], "bookcorpus"))

@@ -8,7 +8,6 @@ import random
 import re
 import struct
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -16,9 +15,10 @@ import torch
 import model as model_script
 from data import corpus as corpora
 from data.export import interleave, safetensors
-from data.files import run_script, save_tensors, write_json
+from data.files import run_script
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 from model import Bert, Shape, load
+from tests.helpers import save_run
 from tests.test_data import write_corpus
 
 ENGLISH = """It's a truth universally acknowledged, that a single man in possession of a good
@@ -44,12 +44,7 @@ def make_run(folder, positions, **shape):
     for name, p in model.named_parameters():  # biases and norms away from 0 and 1
         if p.dim() < 2:
             torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name else 0.0)
-    run = folder / positions
-    run.mkdir()
-    (run / "tokenizer.model").write_bytes(text.tokenizer_path.read_bytes())
-    write_json(run / "config.json", {"tokenizer_sha256": text.tokenizer.sha256})
-    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict()})
-    return run
+    return save_run(folder / positions, model, text.tokenizer_path)
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,6 @@
 import re
 import runpy
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -15,14 +14,14 @@ import torch
 
 import masking as M
 from data import corpus as corpora
-from data.files import save_tensors, sha256_file, write_json
+from data.files import save_tensors
 from data.inspection import (
     DIAGNOSIS_SEED, DOSE_RULES, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour,
     print_doses, report_doses, standardise, strategies_of, token_kinds,
 )
-from data.runs import config_sha256, read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape, forward_flops, load
+from tests.helpers import save_run
 from tests.test_data import write_corpus
 
 ROOT = Path(__file__).parent.parent
@@ -50,24 +49,6 @@ def entropy_alone(model, row, place):
     with torch.no_grad():
         p = model(masked[None])[0, place].double().softmax(-1)
     return -(p * p.log()).sum().item()
-
-
-def write_config(run, flags, tokenizer_sha256="", unigram_entropy=6.0):
-    """A config.json as train.py writes it."""
-    run.mkdir(parents=True, exist_ok=True)
-    write_json(run / "config.json", {
-        "flags": flags, "corpus_sha256": "", "tokenizer_sha256": tokenizer_sha256,
-        "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "flops": 1, "teacher_flops": 0,
-        "unigram_entropy": unigram_entropy, "starts": []})
-
-
-def save_run(run, model, tokenizer_path, **flags):
-    """A finished run folder as train.py leaves it."""
-    write_config(run, flags, sha256_file(tokenizer_path))
-    (run / "tokenizer.model").write_bytes(tokenizer_path.read_bytes())
-    save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict(),
-                                    "config_sha256": config_sha256(read_config(run))})
-    return run
 
 
 @pytest.fixture(scope="module")

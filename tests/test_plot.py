@@ -7,7 +7,7 @@ import pytest
 
 from data import plot
 from data.files import UserError
-from tests.test_inspection import write_config
+from tests.helpers import write_config
 
 LEVELS = {"plateau": 5.4, "unigram entropy": 6.0}
 TABLE = {"title": "2 layers", "baseline": "random", "rows": [

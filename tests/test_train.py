@@ -207,8 +207,8 @@ def known(tmp_path_factory):
              for _ in range(400)]
     (folder / "text.txt").write_text("\n\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        call(command(folder, "run", "--vocab-size", PIECES, "--steps", "400", "--eval-blocks", "200",
-                     "--lr", "5e-3", "--masking", "random", "--eval-every", "0"), patch)
+        call(command(folder, "run", "--vocab-size", PIECES, "--steps", 400, "--eval-blocks", 200,
+                     "--lr", "5e-3", "--masking", "random", "--eval-every", 0), patch)
     return folder
 
 
