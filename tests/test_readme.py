@@ -1,0 +1,102 @@
+"""What the README says, against the code.   python -m pytest tests/test_readme.py -q"""
+
+import json
+import re
+import shlex
+
+import pytest
+import torch
+
+import glue
+import masking
+import train
+from data.files import UserError
+from tests.helpers import ROOT, call, command
+from tests.test_data import write_corpus
+from tests.test_masking import T, noise_of, rows_of, table
+
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *(ROOT / "data" / "results").glob("*.md")]
+SHELL = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S)
+         for line in block.splitlines()]
+
+
+def commands(script):
+    """The arguments of this script's commands in the README."""
+    found = [shlex.split(line.split(" # ")[0]) for line in SHELL if f" {script} " in f"{line} "]
+    return [words[words.index(script) + 1:] for words in found]
+
+
+def test_its_commands_are_commands(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where none of the runs is there yet
+    asked = commands("train.py")
+    assert len(asked) >= 5
+    for argv in asked:
+        if "--resume" not in argv and "--eval" not in argv:
+            train.parse_args(argv)
+    for argv in commands("glue.py"):
+        glue.parse_args(argv)
+    for argv in commands("masking.py"):
+        monkeypatch.setattr("sys.argv", ["masking.py", *argv])
+        with pytest.raises(UserError, match="not a run folder"):  # and no complaint of a flag
+            masking.main()
+
+
+def test_the_flags_of_the_method_have_the_defaults_that_it_names():
+    table = re.search(r"## Flags of the method\n(.*?)\n## ", README, re.S)[1]
+    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.M)
+    assert len(rows) >= 8
+    for names, values in rows:
+        for name in re.findall(r"`--([a-z-]+)", names):
+            default = train.DEFAULTS[name.replace("-", "_")]
+            if "**" in values and default is not None:
+                assert f"**{default}**" in values, name
+            choices = next(row[2] for group in train.FLAGS.values() for row in group
+                           if row[0] == name)
+            if isinstance(choices, tuple):  # --select takes them from masking.SELECT
+                assert {word.strip("* ") for word in values.split(",")} == set(choices), name
+
+
+def test_its_tree_is_the_folder():
+    tree = re.search(r"## Reading order\n.*?```\n(.*?)```", README, re.S)[1]
+    for name in ("masking.py", "train.py", "model.py", "glue.py", "data/results/", "tests/"):
+        assert f"\n{name}" in f"\n{tree}" and (ROOT / name).exists()
+    nouns = set(re.findall(r"[a-z]+", tree.partition("data/ ")[2].partition("data/results/")[0]))
+    modules = {path.stem for path in (ROOT / "data").glob("*.py")} - {"__init__"}
+    assert modules <= nouns
+
+
+def test_its_links_and_pictures_are_there():
+    for page in PAGES:
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / target).exists(), (page.name, target)
+
+
+def test_every_key_of_the_log_is_explained(tmp_path, monkeypatch):
+    write_corpus(tmp_path / "text.txt", documents=300)
+    call(command(tmp_path, "run", "--score-input", "vocabulary"), monkeypatch)
+    explained = re.search(r"## The log\n(.*?)\n## ", README, re.S)[1]
+    kinds = {"word_internal", "number", "frequent", "rare"}  # "kinds of tokens"
+    for line in map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines()):
+        for key in {*line, *line.get("masked", {})} - kinds:
+            assert f"`{key}`" in explained or f".{key}`" in explained, key
+
+
+def test_pages_are_narrow_and_have_no_gaps():
+    for page in PAGES:
+        text = page.read_text()
+        assert "{{" not in text, page.name
+        assert not [line for line in text.splitlines() if len(line) > 120], page.name
+    assert len(README.splitlines()) <= 240
+
+
+def test_your_own_strategy_works_as_it_says(monkeypatch):
+    code = re.search(r"```python\n# masking.py, after.*?\n(.*?)```", README, re.S)[1]
+    names = {"SELECT": dict(masking.SELECT)}
+    exec(code, names)
+    (name, rule), = set(names["SELECT"].items()) - set(masking.SELECT.items())
+    monkeypatch.setitem(masking.SELECT, name, rule)
+    H = torch.rand(5, T)
+    positions = masking.choose(rows_of(5), 4, table(H), name, 0, noise_of(5))
+    cut = H[:, 1:-1].quantile(0.9, dim=1, keepdim=True)
+    assert (H.gather(1, positions) <= cut).all() and (H.gather(1, positions) > 0.5).all()
