@@ -98,12 +98,12 @@ def training(args, machine, arm):
     T, V = args.seq_len, args.vocab_size
     blocks = zipf_tokens(64 * args.batch_size * (T - 2), V).reshape(-1, T - 2)
     text = SimpleNamespace(
-        train=blocks, valid=blocks[:1], counts=np.ones(V, dtype=np.int64),
+        train=blocks, counts=np.ones(V, dtype=np.int64),
         tokenizer=SimpleNamespace(vocab_size=V, pieces=["▁a"] * V))
     flags, _ = train.parse_args(["--masking", "random", "--size", args.size, "--seq-len", str(T),
-                                 "--batch-size", str(args.batch_size), "--out", os.devnull + "-"])
+                                 "--batch-size", str(args.batch_size), "--out", "never-made"])
     vars(flags).update(ARMS[arm])
-    job, *_ = train.build(flags, machine, text)
+    job, *_ = train.build(flags, machine, text, torch.zeros(1, T, dtype=torch.long))
     if flags.masking == "entropy" or flags.distill != "off":
         job.teacher = Bert(job.model.shape).to(machine.device).eval().requires_grad_(False)
     steps = iter(range(10**9))
