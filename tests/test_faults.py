@@ -4,82 +4,96 @@
 """
 
 import itertools
+import os
 import random
-import shutil
+import resource
+import signal
+import time
 
 import pytest
 from tqdm import tqdm
 
-from data import corpus as corpora
-from data.files import UserError, load_tensors, run_script
-from data.runs import open_log, read_log
-from tests import faults, fuzz, hostile
-from tests.box import differs, fill_box, finish
-
-RNG = random.Random(0)
+from data import corpus, runs
+from data.files import UserError, run_script
+from tests import faults
+from tests.test_download import serve
 
 
 @pytest.fixture(scope="module")
-def box(tmp_path_factory):
-    box = tmp_path_factory.mktemp("faults") / "box"
-    box.mkdir()
-    fill_box(box, ["random"])
-    return box
-
-
-def survives(part, count=None):
-    """Go through the first `count` tries of a part of the campaign."""
-    tried = list(itertools.islice(part, count))
-    assert tried and [(fault, lost) for fault, lost, _ in tried if lost] == []
-    return [status for _, _, status in tried]
+def toy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("faults") / "toy"
+    folder.mkdir()
+    for server in serve():
+        yield folder, faults.all_works(folder, server.url)
 
 
 @pytest.mark.parametrize("name, count, statuses", [
-    ("kill", None, {-9}), ("disk", 1, {2}), ("checkpoints", 1, {2}), ("loss", 1, {1}),
-    ("downloads", 4, {2}), ("flags", 4, {2}), ("payload", 1, {2})])
-def test_a_few_tries_of(name, count, statuses, box):
-    assert set(survives(faults.PARTS[name](box, 2, RNG), count)) == statuses
+    ("kill", 1, {-9}), ("checkpoint", 1, {-9}), ("signal", 1, {129, 130, 143}), ("disk", 1, {2}),
+    ("two", 1, {2}), ("damage", 1, {2}), ("loss", 1, {1}), ("pickles", 3, {2}),
+    ("archives", 2, {0}), ("damaged", 300, {"read", 2})])
+def test_a_few_tries_of(name, count, statuses, toy):
+    folder, works = toy
+    tries = 2 if name == "damaged" else 1
+    tried = list(itertools.islice(
+        faults.CASES[name](folder, works, tries, random.Random(0)), count))
+    assert len(tried) == count and [row for row in tried if row[1]] == []
+    assert {status for *_, status in tried} <= statuses
 
 
-@pytest.mark.parametrize("name", fuzz.READERS)
-def test_damaged(name):
-    result = fuzz.fuzz(name, 24, 0)
-    assert result["lost"] == [] and result["refused"] > 0
+def test_a_loss_is_seen(toy, monkeypatch):
+    """A run that goes on with weights that are a little off is lost, and is said to be."""
+    restore = runs.Run.restore
+
+    def bad_restore(self, job, state):
+        state = restore(self, job, state)
+        job.model.head_bias.data += 1e-6 * (state.step > 0)
+        return state
+
+    monkeypatch.setattr(runs.Run, "restore", bad_restore)
+    [(fault, lost, status)] = faults.CASES["checkpoint"](*toy, 1, random.Random(0))
+    assert "other" in lost and "model.pt" in lost and status == -9
 
 
-@pytest.mark.parametrize("kind", hostile.kinds_of_text("", large=False))
-def test_text_with(kind, box, tmp_path):
-    content, trained = hostile.kinds_of_text((box / "text.txt").read_text(), large=False)[kind]
+def test_what_a_process_did_is_told(tmp_path):
+    def complain():
+        raise UserError("no room")
+
+    def sleep():
+        time.sleep(60)
+
+    assert faults.refused(faults.finish(complain), "room") == ""
+    assert "status 2" in faults.refused(faults.finish(complain), "another word")
+    assert "Traceback" in faults.fine(faults.finish(lambda: 1 / 0))
+    assert faults.fine(faults.finish(lambda: print("done"))) == ""
+    assert faults.finish(sleep, seconds=0.2).status == "hung"
+    assert faults.send(faults.start(sleep), signal.SIGKILL).status == -9
+    assert faults.finish(lambda: os._exit(7)).status == 7
+    limited = faults.finish(lambda: (tmp_path / "file").write_bytes(bytes(10)),
+                            resource.RLIMIT_FSIZE, 3)
+    assert faults.refused(limited, "make room") == ""
+
+
+@pytest.mark.parametrize("kind", faults.kinds_of_text("", large=False))
+def test_text_with(kind, toy, tmp_path):
+    content, trained = faults.kinds_of_text((toy[0] / "text.txt").read_text(), large=False)[kind]
     path = tmp_path / "text.txt"
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     try:
-        folder = corpora.prepare(str(path), 900, tmp_path / "cache")
-        assert trained is not False and len(corpora.load(folder, 34).train)
+        folder = corpus.prepare(str(path), 900, tmp_path / "cache", 1)
+        assert trained is not False and len(corpus.load(folder, 34).train)
         if kind == "special tokens":
-            assert hostile.became_special(folder, content.count("[MASK]")) == ""
+            assert faults.became_special(tmp_path / "cache", content.count("[MASK]")) == ""
     except UserError as error:
         assert not trained and str(error)
 
 
-def test_a_log_that_lost_lines_is_refused_but_a_damaged_end_is_cut(box):
-    """The checkpoint of step 58 knows of a line at step 56; what comes later is written anew."""
-    run = box / "log"
-    shutil.copytree(box / "random", run)
-    (run / "model.pt").unlink()
-    (run / "checkpoint.pt").unlink()  # that of step 60
-    log = run / "log.jsonl"
-    assert load_tensors(run / "checkpoint.prev.pt")["logged"] == 56
-    whole = log.read_bytes().splitlines(keepends=True)
-    assert len(whole) == 16
-    for lines in (whole[:9], whole[:9] + [b"{}\n"] + whole[10:], []):
-        log.write_bytes(b"".join(lines))
-        with pytest.raises(UserError, match="lines up to step 56 were there"):
-            open_log(run, 58, 56)
-        assert log.read_bytes() == b"".join(lines)
-    log.write_bytes(b"".join(whole[:15]) + b"\0" * 99 + b"\n" + whole[15])
-    with pytest.raises(UserError, match="damaged in line 16"):
-        read_log(run)
-    assert finish(["train.py", "--resume", run])[0] == 0 and differs(run, box / "random") == ""
+def test_forging_and_damaging_change_something():
+    whole = {"a": [1, {"b": 2.5}], "c": "text"}
+    for seed in range(50):
+        assert repr(faults.forge(whole, random.Random(seed))) != repr(whole)
+        data = b'{"a": 12, "b": "text"}\n' * 40
+        assert faults.damage(data, random.Random(seed)) != data
+    assert whole == {"a": [1, {"b": 2.5}], "c": "text"}
 
 
 def test_an_error_is_a_line_of_its_own_below_the_bar(capsys):
