@@ -338,7 +338,7 @@ def demonstrate(args):
         if page.exists() and not (
                 page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
-        write_atomic(page, html_page(rows, args.run, most).encode())
+        write_atomic(page, html_page(rows, args.run, most).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
           "as are masked, all masked at once (high to mix choose by it); the unmasked text.")
