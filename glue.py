@@ -34,8 +34,8 @@ from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import correct_rows, majority_class, measure
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
 from data.scores import (
-    RANDOM_WEIGHTS, Model, Pretraining, add_score, group_arms, make_tables, read_scores,
-    show_tables, where,
+    RANDOM_WEIGHTS, Model, Pretraining, add_score, group_arms, machine_of, make_tables,
+    read_scores, show_tables,
 )
 from data.tasks import TASKS, batches, encode_rows, read_task
 from data.tokenizer import PAD
@@ -120,7 +120,7 @@ def parse_args(argv=None):
 
 def recipe_of(model, args):
     """The recipe for this model, as it is kept with its scores. --lr and --embedding-lr are for
-    runs: random weights have their own rates, but for --freeze."""
+    runs: random weights keep their own rates. With --freeze there is one rate for both."""
     usual, embeddings = RATES[model.pretraining is None, model.shape.width >= 256]
     lr = args.lr if args.lr and model.pretraining else usual
     # The ratio of the two stays. Rounded: a tenth of 6e-4 is to be shown as 6e-05.
@@ -180,6 +180,7 @@ class Classifier(nn.Module):
         return torch.cat((u, v, (u - v).abs()), 1)
 
     def forward(self, vector):
+        """From sentence vectors, not from tokens: fit_head computes the vectors only once."""
         return self.head(self.dropout(vector))
 
 
@@ -190,7 +191,7 @@ def vectors(model, rows, machine):
 
 
 @torch.inference_mode()
-def over_rows(function, rows, device):
+def over_rows(function, rows):
     """function(some rows) -> (B, n), for all of them -> (N, n) in the rows' order."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]), reverse=True)
     outputs, first = [], 0
@@ -198,15 +199,13 @@ def over_rows(function, rows, device):
         size = max(1, EVAL_TOKENS // len(rows[order[first]][0]))
         outputs.append(function([rows[i] for i in order[first:first + size]]))
         first += size
-    back = torch.empty(len(order), dtype=torch.long, device=device)
-    back[torch.tensor(order, device=device)] = torch.arange(len(order), device=device)
-    return torch.cat(outputs)[back]
+    return torch.cat(outputs)[torch.tensor(order).argsort()]  # in the rows' own order again
 
 
 def predict(model, rows, machine):
     """The outputs (N, classes or 1) of a Classifier for these rows, on the CPU."""
     model.eval()
-    return over_rows(lambda part: model(vectors(model, part, machine)), rows, machine.device).cpu()
+    return over_rows(lambda part: model(vectors(model, part, machine)), rows).cpu()
 
 
 def fine_tune(model, rows, labels, recipe, seed, machine):
@@ -222,9 +221,9 @@ def fit_head(model, rows, labels, recipe, seed, machine):
     """Train the last layer of a Classifier alone. The vectors below it never change: they are
     computed once, and brought to one scale, which becomes part of the layer at the end."""
     model.eval()
-    x = over_rows(lambda part: vectors(model, part, machine), rows, machine.device)
+    x = over_rows(lambda part: vectors(model, part, machine), rows)
     mean, std = x.mean(0), x.std(0, correction=0).clamp_min(1e-6)
-    x = ((x - mean) / std).clone()  # clone: inference tensors cannot be trained on
+    x = (x - mean) / std
     optimise(model, lambda chosen: model(x[chosen]), np.array([len(ids) for ids, _ in rows]),
              labels, recipe, seed)
     with torch.no_grad():  # W (x - mean) / std + b = (W / std) x + b - (W / std) mean
@@ -281,7 +280,7 @@ def open_run(path):
         last = [line for line in log if "val_loss" in line][-1]
         pretraining = Pretraining(
             experiment={name: stands_for.get(name, flags.get(name)) for name in sorted(EXPERIMENT)},
-            start=where(config["starts"][-1]),
+            start=machine_of(config["starts"][-1]),
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
             flops=config["flops"], teacher_flops=config["teacher_flops"],
             seconds=last.get("seconds", 0.0),
@@ -358,10 +357,10 @@ def seed_of(model, task, seed):
 
 def scores_of(model, args, data, machine):
     """The scores of a model that were made with the recipe, rows and machine that are asked for."""
-    recipe, here = recipe_of(model, args), where(machine.record())
+    recipe, here = recipe_of(model, args), machine_of(machine.record())
     return [e for e in read_scores(model.folder, model.sha256)
             if e["task"] in data and e["data"] == data[e["task"]][-1] and e["seed"] < args.seeds
-            and e["recipe"] == recipe and where(e) == here]
+            and e["recipe"] == recipe and machine_of(e) == here]
 
 
 def score(model, task, seed, rows, args, data, machine):
@@ -401,19 +400,23 @@ def work(models, args):
     how = args, data, machine
     jobs = [(model, task, seed) for task in args.tasks for seed in range(args.seeds)
             for model in models if not has_score(model, task, seed, *how)]
-    rows = {}  # encoded once for all models that share a tokenizer and a length
+
+    def encoding(model, task):  # the same for all models that share a tokenizer and a length
+        return task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
+
+    rows = {}
     for model, task, _ in jobs:
-        key = task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
+        key = encoding(model, task)
         rows[key] = rows.get(key) or encode(model, task, data[task], key[-1], machine.threads)
     with progress(total=len(jobs), unit=" fine-tunings", unit_scale=False) as bar:
         for model, task, seed in jobs:
             bar.set_description_str(f"{model.arm}-{model.seed} {task}")
-            key = task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
             model.folder.mkdir(parents=True, exist_ok=True)
             # Commands side by side wait for one another, and perhaps it is then done.
             with lock_folder(model.folder, wait=f"it fine-tunes {model.arm}-{model.seed}, too"):
                 if not has_score(model, task, seed, *how):
-                    add_score(model.folder, score(model, task, seed, rows[key], *how))
+                    add_score(model.folder, score(
+                        model, task, seed, rows[encoding(model, task)], *how))
             bar.update()
     for model in models:
         model.scores = scores_of(model, *how)

@@ -22,9 +22,11 @@ See what each strategy does to a sentence, with the model of a run that train.py
     python masking.py runs/self-0          # how strongly every rule selects, on held-out text
 
 Shapes: B rows, T tokens a row, c candidates a row, k masked tokens a row, V vocabulary.
+`places` (B, c) are where somebody is asked, `positions` (B, k) where tokens are masked.
 """
 
 import math
+from functools import partial
 
 import numpy as np
 import torch
@@ -80,7 +82,10 @@ SCORE_INPUT = {"masked": masked, "unmasked": unmasked}  # and VocabularyMean, at
 # --select: how entropies become scores. H (B, T) is nan where no candidate is; noise (B, T, 5) is
 # uniform; k tokens will be taken. -> scores (B, T), where nan is never taken
 
-POOL, TIES, OTHERS, WHICH, TOKEN = range(5)  # what each number of the noise is for
+# What each of a token's five numbers decides. Where to mask: who is in the pool; the order of equal
+# scores; the random part of `mix` and `sample`. What is shown: [MASK], another or the same; which
+# other token. (keep_places relies on this order.)
+POOL, TIES, OTHERS, WHICH, TOKEN = range(5)
 
 
 def high(H, noise, k):
@@ -131,7 +136,8 @@ def choose(tokens, k, score, select, pool, noise):
 
     score   function (tokens, places) -> H (B, c): a --masking function without its first arguments
     select  a name in SELECT, or a rule of that kind
-    pool    candidates are a random pool of pool * k tokens a row; 0: every token
+    pool    candidates are a random pool of pool * k tokens a row, a new one each time: without it
+            (0: every token) the same hard tokens would be masked whenever their row is read
     noise   (B, T, 5), from draw
     Special tokens are never chosen: every row must have max(1, pool) * k others.
     """
@@ -164,8 +170,8 @@ def corrupt(tokens, positions, noise, vocab_size):
     """Decide what to show at `positions` (B, k): 80 % [MASK], 10 % another ordinary token, 10 % the
     same (BERT, Devlin et al. 2019, section 3.1). -> inputs (B, T), a new tensor."""
     which = noise[..., WHICH].gather(1, positions)
-    another = N_SPECIAL + (noise[..., TOKEN].gather(1, positions)
-                           * (vocab_size - N_SPECIAL)).long().clamp_max(vocab_size - N_SPECIAL - 1)
+    another = noise[..., TOKEN].gather(1, positions) * (vocab_size - N_SPECIAL)
+    another = N_SPECIAL + another.long()  # rounded down: any ordinary token
     same = tokens.gather(1, positions)
     new = torch.where(which < 0.8, MASK, torch.where(which < 0.9, another, same))
     return tokens.scatter(1, positions, new)
@@ -254,10 +260,9 @@ def mask_for_evaluation(tokens, vocab_size):
 
 
 def choose_at_random(tokens, k, noise):
-    """Positions (B, k) as --masking random chooses them."""
-    def nobody(tokens, places):
-        return random_masking(None, None, None, tokens, places)
-
+    """Positions (B, k) as --masking random chooses them: nobody is asked, every token is a
+    candidate, all scores are equal, and the noise that breaks ties decides."""
+    nobody = partial(random_masking, None, None, None)  # no ask, no model, no teacher
     return choose(tokens, k, nobody, "high", 0, noise)
 
 

@@ -49,7 +49,7 @@ class Shape:
     layers: int = 2
     width: int = 128
     seq_len: int = 128  # the longest row
-    positions: str = "rotary"  # or "learned"
+    positions: str = "rotary"  # or "learned": --positions, not the (B, k) places below
     rotary_base: float = 100.0  # small: the slowest plane turns once in ~550 tokens
     local_start: float = 1.0  # initial query and key bias; 0 is off
     init_std: float = 0.05  # BERT: 0.02
@@ -240,12 +240,15 @@ def copy_weights(model, origin):
     if not same or theirs.layers not in (ours.layers, 2 * ours.layers - 1, 2 * ours.layers):
         raise UserError("--init-from needs a run of the same vocabulary, width, positions, rotary "
                         "base and --seq-len, with as many layers or twice as many")
-    state = origin.state_dict()
-    for name in model.state_dict():
-        if name.startswith("blocks."):
-            _, i, rest = name.split(".", 2)
-            state[name] = origin.state_dict()[f"blocks.{int(i) * stride}.{rest}"]
-    model.load_state_dict({name: state[name] for name in model.state_dict()})
+
+    def source(name):
+        if not name.startswith("blocks."):
+            return name
+        _, i, rest = name.split(".", 2)
+        return f"blocks.{int(i) * stride}.{rest}"
+
+    weights = origin.state_dict()
+    model.load_state_dict({name: weights[source(name)] for name in model.state_dict()})
 
 
 # --------------------------------------------------------------------------------------------------

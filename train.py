@@ -7,6 +7,8 @@
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
     torchrun --nproc-per-node=2 train.py         # several GPUs, each with a share of the batch
 
+The method is in update() and where_to_mask(): begin there. What stands before them is flags.
+
 A run is a folder: config.json, tokenizer.model, log.jsonl, checkpoint.pt, model.pt.
 Every random draw is a function of (seed, step, row or micro-batch): on a CPU, with the same torch,
 threads and flags and without --compile, a resumed run equals an uninterrupted one bit for bit.
@@ -240,7 +242,7 @@ class Job:
     forward: object  # the same, as torch.compile and several processes need it
     teacher: Bert | None
     optimizer: torch.optim.Optimizer
-    free: masking.VocabularyMean | None  # beyond the paper: a score that costs nothing
+    free: masking.VocabularyMean | None  # --score-input vocabulary: no forward, so free of cost
     kinds: dict  # of vocabulary items, for the log
 
 
@@ -283,9 +285,9 @@ def update(args, job, step):
     noise = noise.to(job.machine.device)
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
-    total, teaching = 0.0, plan(args, step)[2]
+    total, (_, _, teaching) = 0.0, plan(args, step)
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
-        # 1. Where: the k tokens of each row about which somebody is most uncertain.
+        # 1. Where: k tokens of each row, as the strategy chooses. Self-masking asks the model here.
         x = tokens[rows]  # (b, T)
         positions = where_to_mask(args, job, step, x, noise[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.
@@ -298,13 +300,13 @@ def update(args, job, step):
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         total += weight * loss.detach()
-        # 4. Learn from the teacher's whole distribution at the same places, too.
-        if teaching:
+        if teaching:  # --distill: match the teacher's whole distribution at the same places, too
             with torch.no_grad(), job.machine.autocast():
                 taught = job.teacher(inputs, positions).flatten(0, 1)
             loss = (1 - args.alpha) * loss + args.alpha * distillation_loss(
                 logits, taught.float(), args.tau)
-        # All rows have k masked tokens: the mean over the batch is the mean of these means.
+        # 4. Learn. `weight` is the share of these rows in the batch: as all rows have k masked
+        # tokens, the sum of the weighted means is the mean over the batch.
         (weight * loss).backward()
         if job.free:
             job.free.see(labels, inputs.gather(1, positions).flatten(), logits)
@@ -360,6 +362,14 @@ def count_flops(args, shape, teacher, steps):
     return args.batch_size * total
 
 
+def steps_for(flops, args, job):
+    """How many steps spend these FLOPs. What a step costs depends on the share of the run that is
+    over: the mean over a run of 1000 steps stands for any length."""
+    short = Namespace(**{**vars(args), "steps": 1000})
+    return max(1, round(1000 * flops / count_flops(
+        short, job.model.shape, job.teacher, range(1000))))
+
+
 # --------------------------------------------------------------------------------------------------
 # the run around it
 
@@ -369,13 +379,15 @@ class NotFinite(Exception):
 
 
 def check_finite(job, state):
-    """Average what the updates since the last log line returned over the processes."""
+    """Average state.pending, the (loss, norm) of each update since the last log line, over the
+    processes. NotFinite, with the first bad step, where one is not a number."""
     if state.pending:
         values = job.machine.mean(torch.stack(state.pending))  # (n, 2)
         state.pending = list(values)
         finite = values.isfinite().all(1)
         if not finite.all():
-            raise NotFinite(state.step - len(values) + 1 + finite.int().argmin().item())
+            first_bad = finite.int().argmin().item()
+            raise NotFinite(state.step - len(values) + 1 + first_bad)
 
 
 def report(args, job, state, teacher_flops, evaluating):
@@ -395,15 +407,16 @@ def report(args, job, state, teacher_flops, evaluating):
             job.model, job.valid, job.machine)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
-        # What the strategy masks: some ten times a run. The dose takes a forward per token: twice.
-        tenth = max(1, round(args.steps / 10 / (args.eval_every or math.inf))) * args.eval_every
-        if state.step == args.steps or state.step % (tenth or args.steps) == 0:
+        # What the strategy masks, some ten times a run; the dose, which takes a forward per token,
+        # half way and at the end.
+        every, last = args.eval_every, state.step == args.steps
+        tenth = every * max(1, round(args.steps / 10 / every)) if every else args.steps
+        if last or state.step % tenth == 0:
             with job.machine.autocast():
                 line["masked"] = diagnose(
                     job.model, job.valid[:64], plan(args, state.step)[0],
                     lambda tokens, noise: where_to_mask(args, job, state.step, tokens, noise),
-                    job.kinds, job.free, with_dose=state.step in (5 * tenth, args.steps) and
-                    state.step > 0)
+                    job.kinds, job.free, with_dose=last or state.step == 5 * tenth)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
 
@@ -438,29 +451,34 @@ def build(args, machine, text, valid):
     if origin:
         copy_weights(model, origin)
     model.to(machine.device)
-    forward = machine.parallel(model)
-    free = args.score_input == "vocabulary" and args.masking == "self"
-    return Job(
-        machine, text, valid, model, machine.compile(forward) if args.compile else forward,
-        teacher and teacher.to(machine.device), make_optimizer(model, args.lr, args.weight_decay),
-        masking.VocabularyMean(model.shape.vocab_size, machine.device) if free else None,
-        token_kinds(text.tokenizer.pieces, text.counts)), origin_flops, teacher_flops
+    forward, free = machine.parallel(model), None
+    if args.compile:
+        forward = machine.compile(forward)
+    if args.score_input == "vocabulary":
+        free = masking.VocabularyMean(model.shape.vocab_size, machine.device)
+    job = Job(
+        machine=machine, text=text, valid=valid, model=model, forward=forward,
+        teacher=teacher and teacher.to(machine.device),
+        optimizer=make_optimizer(model, args.lr, args.weight_decay), free=free,
+        kinds=token_kinds(text.tokenizer.pieces, text.counts))
+    return job, origin_flops, teacher_flops
 
 
 def train(args, job, run, state):
     """The loop -> 0 at the end of the run, or the number of the signal that stopped it."""
-    stop, began = catch_signals(), state.step  # a signal asks for a stop after the step
+    first = state.step
+    signals = catch_signals()  # a list: a signal asks for a stop after the step
     bar = progress(total=args.steps, initial=state.step, desc=run.path.name, unit=" steps",
                    disable=RANK > 0)
     with bar:
         while True:  # steps + 1 rounds, of which the last only reports and saves
-            stopping = job.machine.any(bool(stop))
+            stopping = job.machine.any(bool(signals))
             last = stopping or state.step == args.steps
             evaluating = state.step in (0, args.steps) or (
                 args.eval_every and state.step % args.eval_every == 0)
             reporting = state.step != state.logged and (
                 evaluating or state.step % args.log_every == 0)
-            saving = last or (state.step != began and state.step % args.checkpoint_every == 0)
+            saving = last or (state.step != first and state.step % args.checkpoint_every == 0)
             if reporting or saving:
                 check_finite(job, state)
             if reporting:
@@ -475,7 +493,9 @@ def train(args, job, run, state):
             if saving:
                 run.save(job, state)
             if last:
-                return (stop or [signal.SIGTERM])[0] if stopping else 0
+                if not stopping:
+                    return 0
+                return signals[0] if signals else signal.SIGTERM  # only another process had one
             state.pending.append(update(args, job, state.step))
             state.flops += count_flops(args, job.model.shape, job.teacher, [state.step])
             state.step += 1
@@ -496,10 +516,7 @@ def main():
 
     job, origin_flops, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:
-        budget, args.steps = read_config(args.flops_of)["flops"], 1000
-        # A step's FLOPs depend on the share of the run that is over: take their mean.
-        mean = count_flops(args, job.model.shape, job.teacher, range(1000)) / 1000
-        args.steps = max(1, round(budget / mean))
+        args.steps = steps_for(read_config(args.flops_of)["flops"], args, job)
     flops = origin_flops + count_flops(args, job.model.shape, job.teacher, range(args.steps))
     run = Run(args, job, earlier, flops, teacher_flops)
     state = run.restore(job, State(flops=origin_flops))
@@ -524,9 +541,10 @@ def main():
         copy_token_type(weights)
         run.finish(job.model.shape, weights)
         loss, H = json.loads(state.log.splitlines()[-1])["val_loss"], text.unigram_entropy
-        stuck = ": no context is used yet, train for more --steps"
+        stuck = loss >= WITHOUT_CONTEXT * H
+        hint = ": no context is used yet, train for more --steps" if stuck else ""
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
-              f"({loss - H:+.2f}){stuck * (loss >= WITHOUT_CONTEXT * H)}\nsee what it masks:  "
+              f"({loss - H:+.2f}){hint}\nsee what it masks:  "
               f'python masking.py {shlex.quote(args.out)} "The function returns an array."')
 
 

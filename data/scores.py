@@ -106,7 +106,7 @@ def add_score(folder, entry):
     write_json(path, {"scores": [*entries, entry]})
 
 
-def where(record):
+def machine_of(record):
     """What two runs or two scores must share to be compared."""
     return {name: record.get(name) for name in WHERE}
 

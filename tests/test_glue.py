@@ -304,7 +304,7 @@ def test_outputs_come_back_in_the_order_of_the_rows(monkeypatch):
         seen.append(len(part))
         return glue.collate(part, CPU)[2].sum(1, keepdim=True)
 
-    out = glue.over_rows(lengths, rows, CPU)
+    out = glue.over_rows(lengths, rows)
     assert out.squeeze(1).tolist() == [5, 31, 8, 8, 20, 3, 30]
     assert sum(seen) == 7 and len(seen) > 1
 
