@@ -121,7 +121,9 @@ def rise(q):
     row's candidates, in order of entropy. train.py lets q rise from 1/4 to 3/4 (--select rise)."""
     def rule(H, noise, k):
         candidates = (~H.isnan()).sum(1, keepdim=True)
-        rank = H.nan_to_num(nan=torch.inf).argsort(dim=1).argsort(dim=1)  # 0: the lowest entropy
+        shuffled = noise[..., TIES].argsort(dim=1)  # equal entropies: in random order
+        order = H.nan_to_num(nan=torch.inf).gather(1, shuffled).argsort(dim=1, stable=True)
+        rank = shuffled.gather(1, order).argsort(dim=1)  # of each token, 0: the lowest entropy
         return (-((rank + 0.5) / candidates - q).abs()).masked_fill(H.isnan(), math.nan)
 
     return rule
@@ -223,7 +225,7 @@ def entropy(logits):
     z = z - z.amax(-1, keepdim=True)
     e = z.exp()
     total = e.sum(-1)
-    return total.log() - torch.linalg.vecdot(e, z) / total
+    return total.log() - (e * z).sum(-1) / total  # autocast would make a dot product bfloat16
 
 
 def uncertainty(model, inputs, places):

@@ -78,6 +78,13 @@ def test_dropout_s_stream_is_a_function_of_seed_step_and_row():
         assert not torch.equal(drawn(1, 2, 3), drawn(*other))
 
 
+def test_entropy_is_float32_under_autocast():
+    logits = torch.randn(50, 8192, generator=torch.Generator().manual_seed(0)).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16):
+        H = M.entropy(logits)
+    assert H.dtype == torch.float32 and torch.equal(H, M.entropy(logits))
+
+
 def test_entropy_of_uniform_and_of_certain():
     assert M.entropy(torch.full((1, V), 3.0)).item() == pytest.approx(np.log(V), abs=1e-5)
     certain = torch.full((1, V), -1e4)
@@ -190,6 +197,11 @@ def test_rise_takes_the_entropies_around_a_share_of_their_order():
     for q, ranks in ((0.0, [0, 1, 2]), (0.25, [1, 2, 3]), (0.55, [4, 5, 6]), (1.0, [7, 8, 9])):
         chosen = M.choose(tokens, 3, table(H), M.rise(q), 0, noise_of(1, 12))
         assert sorted(H[0, chosen[0]].tolist()) == ranks
+    tokens = rows_of(20_000, 22)  # equal entropies: in no order of places
+    chosen = M.choose(tokens, 5, table(torch.ones(20_000, 22)), M.rise(0.5), 0,
+                      noise_of(20_000, 22))
+    neighbours = (chosen.diff(dim=1) == 1).float().sum(1).mean().item()
+    assert neighbours == pytest.approx(4 * 5 / 20, abs=0.04)
 
 
 def test_static_keeps_the_places_of_a_block_and_not_what_is_shown():

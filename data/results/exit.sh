@@ -19,10 +19,12 @@ train() {
     local name=$1 run=$RUNS/$1
     shift
     if [[ $name != teacher-* ]] && grep -qs "\"run\": \"$name\"" data/results/exit.jsonl; then return; fi
-    if [ -e "$run/model.pt" ]; then :
-    elif [ -e "$run/config.json" ]; then "$PYTHON" train.py --resume "$run" >> "$run.txt" 2>&1
-    else "$PYTHON" train.py --out "$run" --corpus "$CORPUS" --threads 1 "$@" > "$run.txt" 2>&1; fi
-    if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run"; fi
+    if [ -e "$run/config.json" ] && [ ! -e "$run/model.pt" ]; then set -- --resume "$run"
+    else set -- --out "$run" --corpus "$CORPUS" --threads 1 "$@"; fi
+    [ -e "$run/model.pt" ] || "$PYTHON" train.py "$@" >> "$run.txt" 2>&1
+    local status=$?
+    [ $status -le 1 ] || return 255  # stopped, not finished: xargs ends; 1 is a run that diverged
+    if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run" || return 255; fi
     echo "$(date +%H:%M) $name"
 }
 export -f train
