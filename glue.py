@@ -67,7 +67,7 @@ FLAGS = {
         ("dropout", 0.0, "from 0 to below 1", "in the encoder and on the sentence vector, "
          "whatever pretraining had"),
         ("clip", 1.0, "above 0", "largest norm of the gradient"),
-        ("max-len", 128, "at least 16", "tokens in a row; the longer sentence of a pair is cut"),
+        ("max-len", 128, "from 16 to 65536", "tokens in a row; of a pair the longer is cut"),
         ("max-train", 20_000, "0 or more", "only so many training rows a task, always the same; "
          "0: all"),
         ("pool-output", "pair", ("pair", "mean", "cls"), "sentence vector: the mean over the "
@@ -280,7 +280,7 @@ def open_run(path):
         last = [line for line in log if "val_loss" in line][-1]
         pretraining = Pretraining(
             experiment={name: stands_for.get(name, flags.get(name)) for name in sorted(EXPERIMENT)},
-            start=machine_of(config["starts"][-1]),
+            start=machine_of(*config["starts"]),
             tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
             flops=config["flops"], teacher_flops=config["teacher_flops"],
             seconds=last.get("seconds", 0.0),

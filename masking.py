@@ -26,6 +26,7 @@ Shapes: B rows, T tokens a row, c candidates a row, k masked tokens a row, V voc
 """
 
 import math
+import os
 from functools import partial
 
 import numpy as np
@@ -343,10 +344,11 @@ def main():
     parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
     parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
     args = parser.parse_args()
-    if not args.run or args.blocks < 1:
+    if not args.run or args.blocks < 1 or (args.html and not args.sentence):
         raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
                         "A run is made in minutes by  python train.py --masking self")
     from data import inspection  # it imports this file
+    args.run = os.path.expanduser(args.run)
     if args.sentence:
         inspection.demonstrate(args)
     else:

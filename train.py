@@ -31,6 +31,7 @@ from torch import nn
 
 import masking
 from data import corpus
+from data.download import NAMED
 from data.files import UserError, catch_signals, out_of_memory, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
@@ -55,7 +56,7 @@ FLAGS = {
          "of them, a paragraph a line, a blank line between documents"),
         ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
         ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus"),
-        ("seq-len", 128, "at least 16", "tokens in a block, [CLS] and [SEP] included"),
+        ("seq-len", 128, "from 16 to 65536", "tokens in a block, [CLS] and [SEP] included"),
     ],
     "Model": [
         ("size", "tiny", tuple(SIZES), "layers and width, as python model.py lists them"),
@@ -142,7 +143,9 @@ PRESETS = {
 
 def check_flags(args, given):
     """Settle the defaults that follow from other flags; refuse flags that are out of range or
-    contradict each other. `given`: the names of those that the user typed."""
+    contradict each other. `given`: the names of those that the user typed; None: of an earlier run.
+    """
+    new, given = given is not None, given or set()
     if args.init_frac is None:
         args.init_frac = 0.15 if args.masking == "self" else 0.0
     if args.lr is None:  # measured on tiny, wide and mini: data/results/LOG.md
@@ -188,7 +191,10 @@ def check_flags(args, given):
     ):
         if wrong:
             raise UserError(message)
-    for name in ("teacher", "init_from", "flops_of"):
+    if new and args.corpus not in ("docs", *NAMED) and not os.path.exists(args.corpus):
+        raise UserError(f"--corpus {args.corpus}: no such file or folder; the names are docs, "
+                        + ", ".join(NAMED))
+    for name in ("teacher", "init_from", "flops_of")[:3 if new else 2]:
         run = getattr(args, name)
         if run and not (Path(run) / "model.pt").exists():
             flag = "--" + name.replace("_", "-")
@@ -223,7 +229,9 @@ def parse_args(argv=None):
     run = Path(evaluated or resume or args.out or f"runs/{args.masking}-{args.seed}").expanduser()
     args, config = open_earlier(run, evaluated is not None, typed, DEFAULTS, MAY_CHANGE)
     if resume is not None:
-        check_flags(args, set())
+        check_flags(args, None)
+    check_ranges(args, FLAGS)
+    args.cache = os.path.abspath(args.cache)
     return args, config
 
 
@@ -365,6 +373,8 @@ def count_flops(args, shape, teacher, steps):
 def steps_for(flops, args, job):
     """How many steps spend these FLOPs. What a step costs depends on the share of the run that is
     over: the mean over a run of 1000 steps stands for any length."""
+    if flops <= 0:
+        raise UserError("--flops-of leaves nothing beyond what the run of --init-from has spent")
     short = Namespace(**{**vars(args), "steps": 1000})
     return max(1, round(1000 * flops / count_flops(
         short, job.model.shape, job.teacher, range(1000))))
@@ -516,9 +526,9 @@ def main():
 
     job, origin_flops, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:
-        args.steps = steps_for(read_config(args.flops_of)["flops"], args, job)
+        args.steps = steps_for(read_config(args.flops_of)["flops"] - origin_flops, args, job)
     flops = origin_flops + count_flops(args, job.model.shape, job.teacher, range(args.steps))
-    run = Run(args, job, earlier, flops, teacher_flops)
+    run = machine.in_turn(lambda: Run(args, job, earlier, flops, teacher_flops))
     state = run.restore(job, State(flops=origin_flops))
     if earlier:
         print(f"{args.out}: going on after step {state.step}")

@@ -39,8 +39,10 @@ def sign_flip(differences):
     If the arms were alike, every difference could as well have had the other sign: p is the share
     of the 2^n sign patterns whose sum is at least as far from 0 as the one that was seen.
     """
+    if len(differences) > 24:  # 2^n sums: 128 MB at n = 24
+        return None, None
     sums = np.zeros(1)
-    for d in differences:  # 2^n sums: 8 MB at n = 20
+    for d in differences:
         sums = np.concatenate((sums + d, sums - d))
     # Equal sums that are rounded differently count.
     p = np.mean(np.abs(sums) >= abs(sum(differences)) - 1e-9)

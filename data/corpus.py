@@ -160,13 +160,13 @@ def prepare(corpus, vocab_size, cache="data/cache", threads=0):
     return folder
 
 
-def find_prepared(cache, train_sha256, tokenizer_sha256):
-    """The cache folder of the tokens and the tokenizer with these hashes, or None: so a run finds
-    its text also where the files it came from have moved, changed or gone."""
+def find_prepared(cache, sha256):
+    """The cache folder of the Text with this hash, or None: so a run finds its text also where the
+    files it came from have moved, changed or gone."""
     for meta in sorted(Path(cache).glob("*/meta.json")):
         try:
-            sha256 = read_json(meta)["sha256"]
-            if [sha256["train.bin"], sha256["tokenizer.model"]] == [train_sha256, tokenizer_sha256]:
+            whole = ".building" not in meta.parent.name
+            if whole and sha256_json(read_json(meta)["sha256"]) == sha256:
                 return meta.parent
         except (UserError, LookupError, TypeError):  # a damaged one is not it
             continue
@@ -181,7 +181,7 @@ class Text:
     counts: np.ndarray  # (V,) how often each token occurs in `train`
     tokenizer: Tokenizer
     tokenizer_path: Path
-    sha256: str  # of train.bin
+    sha256: str  # of the hashes of its three files
     unigram_entropy: float  # nats, of the held-out text
     about: str  # what was read, in words
 
@@ -217,7 +217,7 @@ def load(folder, seq_len, max_tokens=0):
     valid_counts = np.bincount(np.fromfile(folder / "valid.bin", np.uint16), minlength=len(counts))
     return Text(
         **blocks, counts=counts, tokenizer=tokenizer, tokenizer_path=folder / "tokenizer.model",
-        sha256=meta["sha256"]["train.bin"], about=about,
+        sha256=sha256_json(meta["sha256"]), about=about,
         unigram_entropy=unigram_entropy(valid_counts))
 
 

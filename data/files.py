@@ -32,11 +32,13 @@ class Output:
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed before we began (2>&-)
         self.stream.reconfigure(errors="replace")
+        self.error = None  # what was dropped because of it, but for a reader who has seen enough
 
     def try_to(self, action, *args):
         try:
             return getattr(self.stream, action)(*args)
-        except OSError:
+        except OSError as error:
+            self.error = None if error.errno == errno.EPIPE else error
             self.stream = open(os.devnull, "w")
 
     def write(self, text):
@@ -59,7 +61,11 @@ def run_script(main):
     if not isinstance(sys.stdout, Output):
         sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
-        return main()
+        value = main()
+        sys.stdout.flush()
+        if getattr(sys.stdout, "error", None):
+            raise sys.stdout.error
+        return value
     except UserError as error:
         message = f"error: {' '.join(str(error).split())}"
     except OSError as error:
@@ -71,7 +77,7 @@ def run_script(main):
     except (MemoryError, RuntimeError) as error:
         if not out_of_memory(error):
             raise
-        message = "error: not enough memory: give a smaller --batch-size or --micro-batch"
+        message = "error: not enough memory for this model and so many rows at once"
     except KeyboardInterrupt:
         message = "\ninterrupted: nothing that was finished is lost"
     for bar in list(getattr(tqdm, "_instances", ())):  # or the line would be glued to a bar

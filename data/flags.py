@@ -17,7 +17,8 @@ RANGES = {
     "from 0 to 1": lambda v: 0 <= v <= 1,
     "from 0 to below 1": lambda v: 0 <= v < 1,
     "above 0 and at most 1": lambda v: 0 < v <= 1,
-    "at least 16": lambda v: v >= 16,
+    "from 16 to 65536": lambda v: 16 <= v <= 65536,  # model.py reads no longer rows
+    "from 0 to 1024": lambda v: 0 <= v <= 1024,  # torch crashes at some number beyond
     "below 2^63": lambda v: 0 <= v < 2**63,
 }
 

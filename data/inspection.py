@@ -334,7 +334,7 @@ def demonstrate(args):
     rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
     most = max(1.0, np.ceil(max(row["alone"] for row in rows)))
     if args.html:
-        page = Path(args.html)
+        page = Path(args.html).expanduser()
         if page.exists() and not (
                 page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")

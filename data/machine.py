@@ -33,7 +33,7 @@ PATIENCE = timedelta(hours=2)
 MACHINE_FLAGS = [  # of train.py and glue.py alike
     ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU where there is one"),
     ("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 on GPUs that have it"),
-    ("threads", 0, "0 or more", "CPU threads; 0: as many as this process may use cores"),
+    ("threads", 0, "from 0 to 1024", "CPU threads; 0: as many as this process may use cores"),
 ]
 
 
@@ -128,11 +128,19 @@ class Machine:
             dist.destroy_process_group()
 
     def in_turn(self, function):
-        """function() in process 0, then, when that is through, in the others -> its value."""
-        value = None if RANK else function()
-        if WORLD > 1:
-            dist.barrier()
-        return function() if RANK else value
+        """function() in process 0, then, when that is through, in the others -> its value. Where it
+        fails in process 0, the others end without a word."""
+        if RANK:
+            if self.any(False):
+                sys.exit(2)
+            return function()
+        try:
+            value = function()
+        except BaseException:
+            self.any(True)
+            raise
+        self.any(False)
+        return value
 
     def parallel(self, model):
         """A model whose backward averages the gradients over the processes."""

@@ -38,7 +38,8 @@ CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher
           "origin_sha256": str, "parameters": int, "unigram_entropy": float, "flops": int,
           "teacher_flops": int, "starts": list}
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
-NOT_BIT_FOR_BIT = ("machine", "device", "torch", "threads", "processes")  # where these differ
+# Where these differ, a run goes on, but not bit for bit.
+NOT_BIT_FOR_BIT = ("machine", "device", "torch", "threads", "processes", "micro_batch", "compile")
 
 
 def resume_command(run):
@@ -47,6 +48,8 @@ def resume_command(run):
 
 def less_memory(run, blocks):
     """A UserError for a run that had no memory for so many blocks at once."""
+    if blocks == 1:
+        return UserError("not enough memory for one block: a smaller --size or --seq-len is needed")
     fewer = next((blocks // n for n in (16, 8, 4, 2, 3, 5) if blocks % n == 0), 1)
     return UserError(f"not enough memory for {blocks} blocks at once: go on with  "
                      f"{resume_command(run)} --micro-batch {fewer}")
@@ -54,6 +57,7 @@ def less_memory(run, blocks):
 
 def check_new(run):
     """UserError for a folder in which a new run would overwrite something."""
+    run = run.absolute()
     if (run / "config.json").exists():
         if not (run / "model.pt").exists():
             raise UserError(f"{run} is unfinished: continue it with  {resume_command(run)}")
@@ -80,31 +84,34 @@ def open_earlier(run, finished, typed, defaults, may_change):
                         "resume; start a longer run with another --out")
     config = read_config(run)
     flags = config["flags"]
-    if flags.keys() != defaults.keys() or any(
-            type(flags[name]) is not type(value) for name, value in defaults.items()
-            if value is not None):
+    if flags.keys() != defaults.keys() or not all(
+            isinstance(flags[name], (int, float) if value is None else type(value))
+            for name, value in defaults.items()):
         raise UserError(f"{run / 'config.json'} is of another version of train.py")
     for name in sorted(typed.keys() - may_change - {"out"}):
         if typed[name] != flags[name]:
             raise UserError(f"{run} has --{name.replace('_', '-')} {flags[name]}, and that cannot "
                             "change: leave the flag out, or start a run with another --out")
-    return Namespace(**{**flags, **typed, "out": str(run)}), config
+    last = {name: value for name, value in dict(*config["starts"][-1:]).items()
+            if name in ("micro_batch", "compile")}  # what the last start needed
+    return Namespace(**{**flags, **last, **typed, "out": str(run)}), config
 
 
 def load_text(args, earlier, machine):
     """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
     cache by their hash, whatever was upgraded, moved or deleted since."""
-    def find():
-        return (earlier and corpus.find_prepared(
-            args.cache, earlier["corpus_sha256"], earlier["tokenizer_sha256"])) or corpus.prepare(
-                args.corpus, args.vocab_size, args.cache, machine.threads)
-
     moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
              "where with --corpus")
-    try:
-        text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
-    except UserError as error:
-        raise UserError(f"{error} ({moved})" if earlier else error)
+
+    def find():
+        found = earlier and corpus.find_prepared(args.cache, earlier["corpus_sha256"])
+        try:
+            return found or corpus.prepare(
+                args.corpus, args.vocab_size, args.cache, machine.threads)
+        except UserError as error:
+            raise UserError(f"{error} ({moved})" if earlier else error)
+
+    text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
     if earlier and earlier["corpus_sha256"] != text.sha256:
         raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
     return text
@@ -158,6 +165,7 @@ class Run:
         """
         args.dtype = job.machine.dtype  # what auto chose belongs to the run: it goes on with that
         now = {**job.machine.record(), "numpy": np.__version__,
+               "micro_batch": args.micro_batch, "compile": args.compile,
                "python": platform.python_version(), "command": sys.argv,
                "date": time.strftime("%Y-%m-%d %H:%M")}
         config = {

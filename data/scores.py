@@ -29,7 +29,8 @@ ACCURACY = {task: f"{task} {'matched' if task == 'MNLI' else 'accuracy'}" for ta
 ENDPOINTS = {"primary": list(ACCURACY.values()), "GLUE (8)": AVERAGED}
 RATE_NAMES = {"lr", "embedding_lr"}  # of a recipe: random weights have their own
 MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-frac", "--static"}
-WHERE = ("machine", "device", "dtype", "torch")  # numbers depend on these
+# Numbers depend on these. (The micro-batch decides which rows share a draw of dropout.)
+WHERE = ("machine", "device", "dtype", "torch", "micro_batch")
 PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context
 
 
@@ -106,9 +107,10 @@ def add_score(folder, entry):
     write_json(path, {"scores": [*entries, entry]})
 
 
-def machine_of(record):
-    """What two runs or two scores must share to be compared."""
-    return {name: record.get(name) for name in WHERE}
+def machine_of(*records):
+    """What two scores, or all starts of two runs, must share to be compared."""
+    return {name: "/".join(dict.fromkeys(str(record.get(name)) for record in records))
+            for name in WHERE}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -400,8 +402,8 @@ def show_differences(table):
             if c:
                 interval = "-" if c["low"] is None else f"[{c['low']:+.2f}, {c['high']:+.2f}]"
                 line = [f"{c['difference']:+.2f}", interval, show(c.get("joint_error"), "{:.2f}"),
-                        show(c["p_t"], "{:.3f}"), f"{c['p_sign_flip']:.3f}",
-                        f"{c['p_smallest']:.3f}", show(c["gain_percent"], "{:+.1f} %")]
+                        show(c["p_t"], "{:.3f}"), show(c["p_sign_flip"], "{:.3f}"),
+                        show(c["p_smallest"], "{:.3f}"), show(c["gain_percent"], "{:+.1f} %")]
             pairs = str(len(c["seeds"])) if c else "0"
             lines.append([row["name"], what, pairs, *line, *costs])
     return grid(lines) if lines[1:] else ""

@@ -37,7 +37,7 @@ def find_files(corpus, cache, threads):
     if corpus in NAMED:
         name = NAMED[corpus]["urls"][0].rpartition("/")[2]
         return [download(**NAMED[corpus], target=cache / "downloads" / name)]
-    path = Path(corpus)
+    path = Path(corpus or "no name")  # "", of a variable that is not set, would be this folder
     if path.is_file():
         return [path]
     if not path.is_dir():
