@@ -51,7 +51,7 @@ FLAGS = {"Bench": [
     ("size", "mini", tuple(SIZES), "layers and width, as python model.py lists them"),
     ("vocab-size", 8192, "above 0", "pieces"),
     ("batch-size", 16, "above 0", "rows of an update"),
-    ("seq-len", 128, "at least 16", "tokens of a pretraining row, and most of a fine-tuning row"),
+    ("seq-len", 128, "from 16 to 65536", "tokens of a row, at most in fine-tuning"),
     ("steps", 10, "above 0", "updates of a training case"),
     ("rows", 640, "above 0", "rows of a fine-tuning epoch"),
     ("rounds", 3, "above 0", "how often every case runs"),
