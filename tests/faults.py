@@ -125,7 +125,7 @@ def finish(what, limit=None, value=0, seconds=900):
 def send(process, *numbers, pause=0):
     """Send it these signals -> its exit status and what it printed."""
     for number in numbers:
-        with contextlib.suppress(ProcessLookupError):
+        if process.exitcode is None:  # else its number may be another process's by now
             os.kill(process.pid, number)
         time.sleep(pause)
     return result_of(process)
