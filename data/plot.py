@@ -8,7 +8,6 @@ Runs of one arm (the folder's name without its final -SEED) are one line, their 
 line for each. The picture follows the reader's light or dark setting and needs no other file.
 """
 
-import argparse
 import json
 import math
 import re
@@ -16,33 +15,33 @@ from html import escape
 from pathlib import Path
 
 from data.files import UserError, run_script, write_atomic
+from data.flags import flag_parser
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
 
 WIDTH, HEIGHT, TOP = 800, 420, 44
 LINE = 17  # height of a line of text
 LETTER = 7  # mean width of a letter, rather too much than too little
-LIGHT = "#0969da #cf222e #1a7f37 #8250df #bc4c00 #0a7d8c #bf3989 #7d6608".split()
-DARK = "#58a6ff #ff7b72 #3fb950 #bc8cff #f0883e #39c5cf #f778ba #d4b106".split()
-
-
-def style(ink, soft, grid, paper, colours):
-    """The classes of a picture as CSS; an element draws in the colour of its class."""
-    arms = "".join(f".arm{i}{{color:{colour}}}" for i, colour in enumerate(colours))
-    return (f".paper{{fill:{paper}}}.ink{{color:{ink}}}.soft{{color:{soft}}}.grid{{color:{grid}}}"
-            f"{arms}")
+COLOURS = {  # class of an element -> its colour in light, in dark
+    "paper": ("#ffffff", "#0d1117"), "grid": ("#d8dee4", "#2f353d"),
+    "ink": ("#1f2328", "#e6edf3"), "soft": ("#59636e", "#9198a1"),
+    "arm0": ("#0969da", "#58a6ff"), "arm1": ("#cf222e", "#ff7b72"),
+    "arm2": ("#1a7f37", "#3fb950"), "arm3": ("#8250df", "#bc8cff"),
+    "arm4": ("#bc4c00", "#f0883e"), "arm5": ("#0a7d8c", "#39c5cf"),
+    "arm6": ("#bf3989", "#f778ba"), "arm7": ("#7d6608", "#d4b106"),
+}
+ARM_COLOURS = 8
 
 
 def svg(body, width, height):
     """Elements of a picture -> the text of an SVG file that reads in light and in dark."""
-    css = ("text,circle{fill:currentColor}polyline{stroke:currentColor;fill:none}"
-           + style("#1f2328", "#59636e", "#d8dee4", "#ffffff", LIGHT)
-           + "@media (prefers-color-scheme: dark){"
-           + style("#e6edf3", "#9198a1", "#2f353d", "#0d1117", DARK) + "}")
+    light, dark = ("".join(f".{css}{{color:{both[i]}}}" for css, both in COLOURS.items())
+                   for i in range(2))
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
         f'height="{height}" font-family="system-ui, sans-serif" font-size="13">',
-        f"<style>{css}</style>", f'<rect class="paper" width="{width}" height="{height}"/>',
-        *body, "</svg>\n"])
+        "<style>text,circle,rect{fill:currentColor}polyline{stroke:currentColor;fill:none}"
+        f"{light}@media (prefers-color-scheme: dark){{{dark}}}</style>",
+        f'<rect class="paper" width="{width}" height="{height}"/>', *body, "</svg>\n"])
 
 
 def text(x, y, words, css="ink", anchor="start"):
@@ -68,13 +67,12 @@ def ticks(low, high, count=6):
 def apart(heights, last, gap=LINE):
     """Move labels as little as it takes: the same heights, in the same order, `gap` or more apart
     and, where there is room, none below `last`."""
-    order = sorted(range(len(heights)), key=lambda i: heights[i])
-    places = [heights[i] for i in order]
-    for i in range(1, len(places)):
+    places, n = sorted(heights), len(heights)
+    for i in range(1, n):
         places[i] = max(places[i], places[i - 1] + gap)
-    for i in reversed(range(len(places))):
-        places[i] = min(places[i], last - (len(places) - 1 - i) * gap)
-    return [places[order.index(i)] for i in range(len(heights))]
+    places = [min(place, last - (n - 1 - i) * gap) for i, place in enumerate(places)]
+    order = sorted(range(n), key=lambda i: heights[i])
+    return [places[order.index(i)] for i in range(n)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -92,14 +90,14 @@ def curves(runs):
         if len(points) < 2:
             raise UserError(f"{run} has no two evaluations yet: there is no curve to draw")
         arms.setdefault(re.sub(r"-\d+$", "", run.resolve().name), []).append(points)
-        tokenizers.add(config.get("tokenizer_sha256"))
-        unigram.add(round(config.get("unigram_entropy", 0), 2))
+        tokenizers.add(config["tokenizer_sha256"])
+        unigram.add(round(config["unigram_entropy"], 2))
     if len(tokenizers) > 1:
         raise UserError("these runs have different tokenizers: their losses, in nats per token, "
                         "cannot be compared")
-    H = unigram.pop()
+    H, *others = unigram
     levels = {"plateau: no context used": WITHOUT_CONTEXT * H, "unigram entropy": H}
-    return arms, {} if unigram or not H else levels
+    return arms, {} if others else levels
 
 
 def mean_curve(runs):
@@ -119,7 +117,7 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
     # What a model of random weights begins with (ln V) would press all else together.
     high = min(max(y for _, y in points), max(levels.values(), default=math.inf) + 0.5)
     low, high = low - 0.04 * (high - low), high + 0.04 * (high - low) + 1e-6
-    css = {arm: f"arm{i % len(LIGHT)}" for i, arm in enumerate(arms)}
+    css = {arm: f"arm{i % ARM_COLOURS}" for i, arm in enumerate(arms)}
     labels = [(f"{name} {y:.2f}", y, "soft") for name, y in levels.items()]
     labels += [(f"{arm} {mean[-1][1]:.2f}", mean[-1][1], css[arm]) for arm, mean in means.items()]
     left, right = 48, WIDTH - 20 - LETTER * max(len(words) for words, *_ in labels)
@@ -145,7 +143,7 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
         if len(runs) > 1:
             body += [line([at(*point) for point in run], css[arm], 1, 'opacity="0.35" ' + inside)
                      for run in runs]
-        if i >= len(LIGHT):  # a colour that is there already
+        if i >= ARM_COLOURS:  # a colour that is there already
             inside += ' stroke-dasharray="7 3"'
         body.append(line([at(*point) for point in means[arm]], css[arm], 2.2, inside))
     heights = apart([at(first, y)[1] for _, y, _ in labels], bottom)
@@ -163,14 +161,13 @@ def differences(tables):
     first endpoint, primary where there is one; low and high are None where there is one pair."""
     groups = []
     for table in tables:
-        against = {row["name"]: row["against"] for row in table["rows"] if row.get("against")}
-        ends = [end for compared in against.values() for end, c in compared.items() if c]
-        if ends:
-            found = [(arm, compared[ends[0]]) for arm, compared in against.items()
-                     if compared.get(ends[0])]
-            title = f"{table['title']}: {ends[0]}, difference to {table['baseline']}"
-            groups.append((title, [(arm, c["difference"], c["low"], c["high"])
-                                   for arm, c in found]))
+        found = [(end, row["name"], c) for row in table["rows"]
+                 for end, c in row.get("against", {}).items() if c]
+        if found:
+            first = found[0][0]
+            groups.append((f"{table['title']}: {first}, difference to {table['baseline']}",
+                           [(arm, c["difference"], c["low"], c["high"])
+                            for end, arm, c in found if end == first]))
     return groups
 
 
@@ -207,16 +204,10 @@ def draw_differences(groups, unit="points", form="+.1f"):
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = flag_parser("python -m data.plot RUN [RUN ...] [--out FILE]", __doc__)
     parser.add_argument("inputs", nargs="+", metavar="RUN",
                         help="run folders, or one JSON file of glue.py")
     parser.add_argument("--out", default="plot.svg", help="the picture (default plot.svg)")
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
     args = parser.parse_args()
     out = Path(args.out)
     if out.exists() and not (out.is_file() and out.read_bytes().startswith(b"<svg")):
