@@ -33,6 +33,8 @@ from model import forward_flops, load
 
 DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
 DOSE_BLOCKS = 16  # exact entropies take a forward per token: some 2000 at 128 tokens a block
+DOSE_RATES = (0.15, 0.30)  # masked shares for which the rules are compared
+DOSE_COLUMNS = {"dose": "+.2f", "neighbour": ".2f", "rank_correlation": ".2f", "flops": ".2f"}
 PLATEAU = 0.1  # nats; where entropies differ by less within a row, their order is noise
 
 # --------------------------------------------------------------------------------------------------
@@ -155,8 +157,6 @@ STRATEGIES = {  # name -> (--masking, what the model reads, --select, --pool)
     **{select: ("self", SCORE_INPUT["masked"], select, 2) for select in SELECT},
     "unmasked": ("self", SCORE_INPUT["unmasked"], "high", 0),  # a literal guess from the abstract
 }
-
-
 DOSE_RULES = {  # what can be chosen in training, for the table of doses
     "random": STRATEGIES["random"],
     **{f"{select}, masked, pool 2": STRATEGIES[select] for select in SELECT},
@@ -180,10 +180,10 @@ def watch(strategy, model, tokens, k, noise):
     return choose(tokens, k, score, select, pool, noise), seen
 
 
-def report_doses(model, tokens, strategies, rates=(0.15, 0.30)):
-    """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each rate its dose,
-    neighbour, rank_correlation (Spearman of its entropies with the exact ones, within a row) and
-    flops (of an update, over those of random masking). None where its pool is larger than a row.
+def report_doses(model, tokens, strategies):
+    """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each of DOSE_RATES
+    its dose, neighbour, rank_correlation (Spearman of its entropies with the exact ones, within a
+    row) and flops (of an update, over those of random masking). None: its pool is above a row.
 
     The last rule, `exact`, takes the highest exact entropies: the largest dose there is. It costs a
     forward per token.
@@ -195,36 +195,37 @@ def report_doses(model, tokens, strategies, rates=(0.15, 0.30)):
     T, shortest = tokens.shape[1], (tokens >= N_SPECIAL).sum(1).min().item()
     reports = []
     for rule, strategy in {**strategies, "exact": look_up}.items():
-        report = {"rule": rule, "dose": [], "neighbour": [], "rank_correlation": [], "flops": []}
+        report = {"rule": rule, **{name: [None] * len(DOSE_RATES) for name in DOSE_COLUMNS}}
         reports.append(report)
-        for k in (mask_count(rate, T) for rate in rates):
+        for i, rate in enumerate(DOSE_RATES):
+            k = mask_count(rate, T)
             candidates = strategy[3] * k
             if candidates > shortest:
-                for values in list(report.values())[1:]:
-                    values.append(None)
                 continue
             positions, seen = watch(strategy, model, tokens, k, noise)
             both = seen.isfinite() & exact.isfinite()
-            scored = (0 if strategy[0] == "random" else (T - 2) * forward_flops(model.shape, T, 1)
-                      if rule == "exact" else forward_flops(model.shape, T, candidates or T - 2))
-            report["flops"].append(1 + scored / (3 * forward_flops(model.shape, T, k)))
-            report["dose"].append(None if deviations is None else
-                                  deviations.gather(1, positions).mean().item())
-            report["neighbour"].append(neighbour(positions))
-            report["rank_correlation"].append(np.mean([
-                spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item())
+            scored = forward_flops(model.shape, T, candidates or T - 2)
+            if rule == "exact":
+                scored = (T - 2) * forward_flops(model.shape, T, 1)
+            elif strategy[0] == "random":
+                scored = 0
+            if deviations is not None:
+                report["dose"][i] = deviations.gather(1, positions).mean().item()
+            report["neighbour"][i] = neighbour(positions)
+            report["rank_correlation"][i] = np.mean([
+                spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item()
+            report["flops"][i] = 1 + scored / (3 * forward_flops(model.shape, T, k))
     return reports
 
 
-def print_doses(reports, rates=(0.15, 0.30)):
+def print_doses(reports):
     """Print what report_doses returns as a Markdown table."""
-    form = {"dose": "{:+.2f}", "neighbour": "{:.2f}", "rank_correlation": "{:.2f}",
-            "flops": "{:.2f}"}
-    heads = [f"{name.replace('_', ' ')}, {rate:.0%}" for rate in rates for name in form]
+    heads = [f"{name.replace('_', ' ')}, {rate:.0%}"
+             for rate in DOSE_RATES for name in DOSE_COLUMNS]
     print("| rule |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
     for report in reports:
-        cells = ["-" if report[name][i] is None else show.format(report[name][i])
-                 for i in range(len(rates)) for name, show in form.items()]
+        cells = ["-" if report[name][i] is None else format(report[name][i], form)
+                 for i in range(len(DOSE_RATES)) for name, form in DOSE_COLUMNS.items()]
         print(f"| {report['rule']} |", " | ".join(cells), "|")
 
 
@@ -263,14 +264,19 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
     top = logits.float().softmax(-1).topk(5)
     rows = []
-    for i, (token, H) in enumerate(zip(ids, entropy(logits).tolist())):
-        guesses = [(tokenizer.pieces[v].replace("▁", " ").strip() or "_", p)
-                   for v, p in zip(top.indices[i].tolist(), top.values[i].tolist())]
-        pool = seen["high"][i + 1]
-        rows.append({"piece": tokenizer.pieces[token], "guesses": guesses, "alone": H,
-                     "pool": None if np.isnan(pool) else pool, "unmasked": seen["unmasked"][i + 1],
-                     "masked": {name: i + 1 in positions[name] for name in strategies}})
+    for i, (token, H, indices, p) in enumerate(zip(
+            ids, entropy(logits).tolist(), top.indices.tolist(), top.values.tolist()), 1):
+        guesses = [tokenizer.pieces[v].replace("▁", " ").strip() or "_" for v in indices]
+        pool = seen["high"][i]
+        rows.append({"piece": tokenizer.pieces[token], "guesses": list(zip(guesses, p)), "alone": H,
+                     "pool": None if np.isnan(pool) else pool, "unmasked": seen["unmasked"][i],
+                     "masked": {name: i in positions[name] for name in strategies}})
     return rows
+
+
+def numbers(row):
+    return ["" if row[name] is None else f"{row[name]:.1f}"
+            for name in ("alone", "pool", "unmasked")]
 
 
 def print_rows(rows, most, colour):
@@ -278,49 +284,45 @@ def print_rows(rows, most, colour):
     colour: with the terminal's colours."""
 
     def heat(text, H):
-        if not colour:
-            return text
         cold, hot = (255, 247, 236), (239, 101, 72)  # readable under black text
         r, g, b = (round(c + (h - c) * H / most) for c, h in zip(cold, hot))
-        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m"
+        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m" if colour else text
 
     line = ""
     for row in rows:
-        text = row["piece"].replace("▁", "")
-        line += (" " if row["piece"].startswith("▁") and line else "") + (
-            heat(text, row["alone"]) if colour else f"{text}[{row['alone']:.1f}]")
+        text = heat(row["piece"].replace("▁", ""), row["alone"])
+        line += " " * row["piece"].startswith("▁")
+        line += text if colour else f"{text}[{row['alone']:.1f}]"
     names = list(rows[0]["masked"])
-    print(f"\n{line}\n\n{'token':16} alone  pool  unmasked  {' '.join(names)}   best guesses")
+    print(f"\n{line.lstrip()}\n\n{'token':16} alone  pool  unmasked  {' '.join(names)}  ",
+          "best guesses")
     for row in rows:
-        numbers = "".join(f"{'' if row[name] is None else format(row[name], '.1f'):>{width}}"
-                          for name, width in (("alone", 6), ("pool", 6), ("unmasked", 10)))
         marks = " ".join(("#" if row["masked"][name] else ".").center(len(name)) for name in names)
         guesses = ", ".join(f"{guess} {p:.0%}" for guess, p in row["guesses"])
-        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["alone"]) + numbers + " ",
-              marks, "", guesses * any(row["masked"].values()))
+        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["alone"])
+              + "{:>6}{:>6}{:>10} ".format(*numbers(row)), marks, "",
+              guesses * any(row["masked"].values()))
 
 
 def html_page(rows, title, most):
     """The same as one self-contained page, made from data/inspection.html."""
-
-    def span(row):
-        tip = f"{row['alone']:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
-        space = " " if row["piece"].startswith("▁") else ""
-        return (f'{space}<span class="t" style="--h:{row["alone"] / most:.3f}" '
-                f'title="{escape(tip)}">{escape(row["piece"].replace("▁", ""))}</span>')
-
-    body = ""
+    sentence = body = ""
     for row in rows:
+        tip = f"{row['alone']:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
+        span = (f'<span class="t" style="--h:{row["alone"] / most:.3f}" title="{escape(tip)}">'
+                f'{escape(row["piece"].replace("▁", ""))}</span>')
+        if row["piece"].startswith("▁"):
+            span = f" {span}"
         guesses = ", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in row["guesses"])
-        cells = [f'<td class="n">{"" if row[name] is None else format(row[name], ".1f")}</td>'
-                 for name in ("alone", "pool", "unmasked")]
+        cells = [f'<td class="n">{number}</td>' for number in numbers(row)]
         cells += [f'<td class="m">{"●" * masked}</td>' for masked in row["masked"].values()]
         cells += [f"<td>{guesses * any(row['masked'].values())}</td>"]
-        body += f"<tr><td>{span(row)}</td>{''.join(cells)}</tr>\n"
+        sentence += span
+        body += f"<tr><td>{span}</td>{''.join(cells)}</tr>\n"
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title), k=sum(row["masked"]["random"] for row in rows), n=len(rows),
-        most=f"{most:.0f}", body=body, sentence="".join(map(span, rows)),
+        most=f"{most:.0f}", body=body, sentence=sentence,
         head="".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
 
 
