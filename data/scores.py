@@ -71,19 +71,16 @@ SCORE = {"task": str, "seed": int, "recipe": dict, "data": str, "model": str, "s
 
 
 def is_score(entry):
-    """Is this an entry that glue.py writes?"""
+    """Can a table be made of this entry?"""
     try:
         task = TASKS[entry["task"]]
-        values = [entry["score"], *entry["parts"].values(), *entry["majority"].values()]
+        values = [entry["score"], *(entry[of][part] for of in ("parts", "majority")
+                                    for part in task.parts)]
         return (all(isinstance(entry[name], kind) for name, kind in SCORE.items())
-                and all(math.isfinite(value) for value in values)
-                and set(entry["parts"]) == set(entry["majority"]) == set(task.parts)
-                and len(entry["rows"]) == len(entry["official"]) == 1 + len(task.dev)
-                and len(entry["shared"]) == len(task.dev)
-                and min(*entry["rows"], *entry["official"]) > 0 <= min(entry["shared"])
-                and len(entry["correct"]) == (entry["rows"][1] if task.primary else 0)
-                and not set(entry["correct"]) - set("01"))
-    except (LookupError, TypeError, AttributeError):
+                and all(map(math.isfinite, values))
+                and min(entry["rows"] + entry["official"]) > 0 <= min(entry["shared"])
+                and len(entry["correct"]) == entry["rows"][1] * task.primary)
+    except (LookupError, TypeError, ValueError):
         return False
 
 
@@ -109,8 +106,7 @@ def add_score(folder, entry):
 
 def machine_of(*records):
     """What two scores, or all starts of two runs, must share to be compared."""
-    return {name: "/".join(dict.fromkeys(str(record.get(name)) for record in records))
-            for name in WHERE}
+    return {key: "/".join(sorted({str(record.get(key)) for record in records})) for key in WHERE}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -140,8 +136,7 @@ def differing(model, other):
     if model.pretraining is None or other.pretraining is None:
         return {}
     a, b = model.pretraining.experiment, other.pretraining.experiment
-    return {"--" + name.replace("_", "-"): (a[name], b.get(name))
-            for name in a if a[name] != b.get(name)}
+    return {"--" + name.replace("_", "-"): (a[name], b[name]) for name in a if a[name] != b[name]}
 
 
 def measures(entries):
@@ -185,14 +180,12 @@ def row_error(ours, theirs, tasks):
     Both answer the same rows, many of which both get right, so what varies is the difference row by
     row, of shares over all seeds.
     """
-    variance = 0.0
-    for task in tasks:
-        ours_right, theirs_right = (np.mean([
-            np.frombuffer(e["correct"].encode(), np.uint8) == ord("1")
-            for m in models for e in m.scores if e["task"] == task
-        ], axis=0) for models in (ours, theirs))  # (rows,) shares
-        variance += np.var(ours_right - theirs_right) / len(ours_right)
-    return 100 * math.sqrt(variance) / len(tasks)
+    def share_right(models, task):  # (rows,)
+        return np.mean([np.array(list(e["correct"])) == "1"
+                        for m in models for e in m.scores if e["task"] == task], axis=0)
+
+    differences = [share_right(ours, task) - share_right(theirs, task) for task in tasks]
+    return 100 * math.sqrt(sum(np.var(d) / len(d) for d in differences)) / len(tasks)
 
 
 def compare(arms, rows, ours, theirs, what):
@@ -234,14 +227,13 @@ def make_tables(models, baseline):
     """Models with their scores -> a table, a dict that JSON can hold, for every shape, tokenizer
     and recipe of the runs among them."""
     groups = {}
-    for model in models:
-        for recipe in dict.fromkeys(json.dumps(e["recipe"]) for e in model.scores):
-            if model.pretraining:
-                groups.setdefault((model.shape, model.tokenizer.sha256, recipe), []).append(model)
+    for run in (model for model in models if model.pretraining):
+        for recipe in dict.fromkeys(json.dumps(e["recipe"]) for e in run.scores):
+            groups.setdefault((run.shape, run.tokenizer.sha256, recipe), []).append(run)
     tables = []
-    for (shape, sha256, recipe), runs in groups.items():
+    for (*kind, recipe), runs in groups.items():
         weights = [m for m in models if m.pretraining is None
-                   and (m.shape, m.tokenizer.sha256) == (shape, sha256)]
+                   and [m.shape, m.tokenizer.sha256] == kind]
         tables.append(make_table([*weights, *runs], json.loads(recipe), baseline))
     return tables
 
@@ -282,14 +274,11 @@ def select_scores(models, recipe):
     They are by this recipe (random weights have their own rates), and of every task on the same
     rows and with the fine-tuning seeds that all have. Of two that differ in the machine: the later.
     """
-    def is_right(model, entry):
-        rates = set() if model.pretraining else RATE_NAMES
-        return all(entry["recipe"].get(k) == v for k, v in recipe.items() if k not in rates)
-
+    but_rates = {name: value for name, value in recipe.items() if name not in RATE_NAMES}
     notes, kept = [], [{} for _ in models]
     for task in TASKS:
-        entries = [[e for e in model.scores if e["task"] == task and is_right(model, e)]
-                   for model in models]
+        entries = [[e for e in m.scores if e["task"] == task and e["recipe"].items() >= (
+            recipe if m.pretraining else but_rates).items()] for m in models]
         rows = Counter(e["data"] for m, es in zip(models, entries) for e in es if m.pretraining)
         common, _ = max(rows.items(), key=lambda item: item[1], default=("", 0))
         entries = [[e for e in es if e["data"] == common] for es in entries]
@@ -305,21 +294,23 @@ def select_scores(models, recipe):
 
 def notes_on_pair(arm, baseline, arms):
     """In which flags beside those of the masking two arms differ, and in which machines."""
-    ours, theirs = arms[arm], arms[baseline]
+    ours, theirs, notes = arms[arm], arms[baseline], []
     flags = set(differing(ours[0], theirs[0])) - MASKING_FLAGS
     if ours[0].pretraining and ours[0].pretraining.experiment["distill"] == "off":
         flags -= {"--teacher"}  # it only scores: that is the masking
-    notes = [f"{arm} and {baseline} differ in more than the masking: {', '.join(sorted(flags))}"
-             ] if flags else []
+    if flags:
+        notes.append(f"{arm} and {baseline} differ in more than the masking: "
+                     + ", ".join(sorted(flags)))
     seeds = {}  # in what they differ -> where
     for a, b in ((a, b) for a in ours for b in theirs if a.seed == b.seed):
-        starts = [[m.pretraining.start] if m.pretraining else [] for m in (a, b)]
-        for what, records in (("pretrained", starts), ("fine-tuned", (a.scores, b.scores))):
-            for key in WHERE if all(records) else ():
-                values = ["/".join(sorted({str(x.get(key)) for x in r})) for r in records]
-                if values[0] != values[1]:
-                    text = f"{what} with another {key}: {values[0]}, {values[1]}"
-                    seeds.setdefault(text, []).append(str(a.seed))
+        pairs = {}
+        if a.pretraining and b.pretraining:
+            pairs["pretrained"] = a.pretraining.start, b.pretraining.start
+        pairs["fine-tuned"] = machine_of(*a.scores), machine_of(*b.scores)
+        for what, (x, y) in pairs.items():
+            for key in (key for key in WHERE if x.get(key) != y.get(key)):
+                text = f"{what} with another {key}: {x[key]}, {y[key]}"
+                seeds.setdefault(text, []).append(str(a.seed))
     return notes + [f"{arm} and {baseline}, seed {', '.join(at)}, were {text}"
                     for text, at in seeds.items()]
 
@@ -384,8 +375,8 @@ def show_scores(table):
         if task in TASKS and part and len(TASKS[task].parts) == 1:
             continue  # its only part is its score
         cells = [row["scores"].get(what, {"mean": None, "sd": None}) for row in rows]
-        lines.append([what, *(show(cell["mean"]) + (
-            f" ± {cell['sd']:.1f}" if cell["sd"] is not None else "") for cell in cells)])
+        lines.append([what, *(show(cell["mean"]) + ("" if cell["sd"] is None else
+                                                    f" ± {cell['sd']:.1f}") for cell in cells)])
     return grid(lines)
 
 
@@ -398,14 +389,14 @@ def show_differences(table):
         costs = [show(row[key] / base[key], "{:.2f}") if row.get(key) and base[key] else "-"
                  for key in ("flops", "flops_with_teacher", "seconds") if base]
         for what, c in row.get("against", {}).items():
-            line = ["no common seed", *["-"] * 6]
+            line = ["0", "no common seed", *["-"] * 6]
             if c:
                 interval = "-" if c["low"] is None else f"[{c['low']:+.2f}, {c['high']:+.2f}]"
-                line = [f"{c['difference']:+.2f}", interval, show(c.get("joint_error"), "{:.2f}"),
-                        show(c["p_t"], "{:.3f}"), show(c["p_sign_flip"], "{:.3f}"),
-                        show(c["p_smallest"], "{:.3f}"), show(c["gain_percent"], "{:+.1f} %")]
-            pairs = str(len(c["seeds"])) if c else "0"
-            lines.append([row["name"], what, pairs, *line, *costs])
+                line = [str(len(c["seeds"])), f"{c['difference']:+.2f}", interval,
+                        show(c.get("joint_error"), "{:.2f}"), show(c["p_t"], "{:.3f}"),
+                        show(c["p_sign_flip"], "{:.3f}"), show(c["p_smallest"], "{:.3f}"),
+                        show(c["gain_percent"], "{:+.1f} %")]
+            lines.append([row["name"], what, *line, *costs])
     return grid(lines) if lines[1:] else ""
 
 
@@ -437,9 +428,8 @@ def show_tables(tables):
     for table in tables:
         recipe = ", ".join(f"{k.replace('_', '-')} {v}" for k, v in table["recipe"].items())
         counts = sorted({len(seeds) for seeds in table["fine_tuning_seeds"].values()})
-        out.append(f"{table['title']}. Recipe: {recipe}; fine-tuning seeds: "
-                   + ", ".join(map(str, counts)))
-        out.append(show_scores(table))
+        out += [f"{table['title']}. Recipe: {recipe}; fine-tuning seeds: "
+                + ", ".join(map(str, counts)), show_scores(table)]
         if differences := show_differences(table):
             out.append(f"Against {table['baseline']}, paired by pretraining seed. The t test "
                        "decides; no p is corrected for several comparisons. FLOPs and time of "
