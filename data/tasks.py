@@ -13,8 +13,8 @@ the training rows. Fewer rows are allowed, and every table names them.
 Wang et al. 2018, "GLUE", arXiv 1804.07461.
 """
 
+import contextlib
 import hashlib
-import math
 import sys
 import zipfile
 import zlib
@@ -204,10 +204,7 @@ def fetch(task, file, glue_dir, cache):
 
 def split_lines(text):
     """Lines, by \\n alone: splitlines would also cut at the control characters of some rows."""
-    lines = [line.removesuffix("\r") for line in text.split("\n")]
-    while lines and not lines[-1]:
-        lines.pop()
-    return lines
+    return [line.removesuffix("\r") for line in text.rstrip("\r\n").split("\n")]
 
 
 def split_mrpc(label, text, ids_label, ids_text):
@@ -232,14 +229,14 @@ def parse(name, label, text, official):
     task, lines = TASKS[name], split_lines(text)
     columns, width, first = task.columns, 4, 0  # CoLA has no header
     if isinstance(columns[0], str):
-        header = lines[0].split("\t") if lines else []
+        header = lines[0].split("\t")
         if missing := [column for column in columns if column not in header]:
             hint = f": {QUOTED}" if any(map(is_quoted, header)) else ""
             raise UserError(f"{label}, line 1: a header with {', '.join(columns)} was expected, "
                             f"and {', '.join(missing)} is not in "
                             f"{', '.join(header)[:200]!r}{hint}")
         columns, width, first = [header.index(column) for column in columns], len(header), 1
-    rows, numbers, malformed = [], [], 0
+    rows, malformed = [], 0
     for number, line in enumerate(lines[first:], first + 1):
         fields = line.split("\t")
         if len(fields) != width:
@@ -251,17 +248,16 @@ def parse(name, label, text, official):
         if not first and fields == ["0", "1", "2", "3"]:  # pandas numbers columns without names
             raise UserError(f"{label}, line {number} is a header, where none belongs: remove it")
         *sentences, value = (fields[c] for c in columns)
-        rows.append((*sentences, read_label(task, value, f"{label}, line {number}")))
-        numbers.append(number)
+        rows.append((number, *sentences, read_label(task, value, f"{label}, line {number}")))
     if malformed:
         print(f"{label}: {malformed} malformed rows left out", file=sys.stderr)
     if not rows:
         raise UserError(f"{label} has no rows")
-    *sentences, labels = map(list, zip(*rows))
-    refuse_quoted(name, label, sentences, numbers)
+    refuse_quoted(name, label, rows)
     if official and len(rows) > official * (1 + MALFORMED * (name == "QQP")):
         raise UserError(f"{label} has {len(rows)} rows, and GLUE's own file {official}: give the "
                         "official file, or fewer of its rows")
+    _, *sentences, labels = map(list, zip(*rows))
     return Rows(sentences, labels, official, in_file=len(labels))
 
 
@@ -271,15 +267,16 @@ def is_quoted(field):
         '"' not in field[1:-1].replace('""', ""))
 
 
-def refuse_quoted(name, label, sentences, numbers):
-    """UserError where most fields that hold a comma, or a quote mark, are quoted for it.
+def refuse_quoted(name, label, rows):
+    """UserError where most sentences that hold a comma, or a quote mark, are quoted for it. A row
+    is (its line, a sentence or two, its label).
 
     In official files at most one in ten is, by its author. QQP's are quoted as pandas would, for
     a quote mark and not for a comma, in all their releases: this is what everybody trains on.
     """
     for mark in ',' if name == "QQP" else ',"':
-        fields = [(number, field) for column in sentences
-                  for number, field in zip(numbers, column) if mark in field]
+        fields = [(number, field) for number, *sentences, _ in rows
+                  for field in sentences if mark in field]
         quoted = [number for number, field in fields if is_quoted(field)]
         if len(quoted) > max(2, len(fields) / 2):
             raise UserError(f"{label}, line {min(quoted)}: {QUOTED}")
@@ -287,19 +284,12 @@ def refuse_quoted(name, label, sentences, numbers):
 
 def read_label(task, value, where):
     """The text of a label -> a class or a number. Unlabelled rows (-1) are refused."""
-    if task.labels is None:
-        try:
-            number = float(value)
-        except ValueError:
-            number = math.nan
-        if 0 <= number <= 5:  # not so for nan
-            return number
-        expected = "a number from 0 to 5"
-    elif value in task.labels:
-        return task.labels[value]
-    else:
-        expected = " or ".join(task.labels)
-    hint = ""
+    with contextlib.suppress(LookupError, ValueError):
+        if task.labels:
+            return task.labels[value]
+        if 0 <= float(value) <= 5:  # not so for nan
+            return float(value)
+    expected, hint = " or ".join(task.labels or ["a number from 0 to 5"]), ""
     if value in ("-1", "-1.0"):
         hint = ": these rows have no labels, as in a test file"
     elif is_quoted(value):
@@ -323,15 +313,12 @@ def encode_rows(tokenizer, sentences, max_len, threads=1):
     """
     encoded = [tokenizer.encode(column, threads=threads) for column in sentences]
     rows = []
-    for a, *b in zip(*encoded):
-        room = max_len - 2 - len(b)
-        if b:
-            b = b[0][:max(room // 2, room - len(a))]
-            ids = [CLS, *a[:room - len(b)], SEP]
-            rows.append((np.array(ids + [*b, SEP], dtype=np.uint16), len(ids)))
-        else:
-            ids = [CLS, *a[:room], SEP]
-            rows.append((np.array(ids, dtype=np.uint16), len(ids)))
+    for a, *second in zip(*encoded):
+        room = max_len - 2 - len(second)
+        seconds = [b[:max(room // 2, room - len(a))] for b in second]  # none, or one
+        first = [CLS, *a[:room - sum(map(len, seconds))], SEP]
+        ids = first + [i for b in seconds for i in (*b, SEP)]
+        rows.append((np.array(ids, dtype=np.uint16), len(first)))
     return rows
 
 
