@@ -31,15 +31,16 @@ def export(model, tokenizer, folder):
     def write(name, value):
         write_atomic(folder / name, json.dumps(value).encode())
 
+    config = make_config(model.shape)
     write_atomic(folder / "model.safetensors", safetensors(rename_weights(model)))
-    write("config.json", make_config(model.shape))
+    write("config.json", config)
     write("tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.shape.seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}})
     write("tokenizer.json", tokenizer_json(tokenizer))
-    return make_config(model.shape)["architectures"][0]
+    return config["architectures"][0]
 
 
 def make_config(shape):

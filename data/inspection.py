@@ -257,20 +257,18 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     tokens = torch.tensor([[CLS, *ids, SEP]])
     k = min(mask_count(rate, len(ids) + 2), len(ids) // 2)  # a pool of 2k must fit
     noise = draw(seed, 0, *tokens.shape)
-    positions, seen = {}, {}
-    for name, strategy in strategies.items():
-        chosen, entropies = watch(strategy, model, tokens, k, noise)
-        positions[name], seen[name] = set(chosen[0].tolist()), entropies[0].tolist()
+    looks = {name: watch(strategy, model, tokens, k, noise)
+             for name, strategy in strategies.items()}
+    pool, unmasked = (looks[name][1][0].tolist() for name in ("high", "unmasked"))
     logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
     top = logits.float().softmax(-1).topk(5)
     rows = []
     for i, (token, H, indices, p) in enumerate(zip(
             ids, entropy(logits).tolist(), top.indices.tolist(), top.values.tolist()), 1):
         guesses = [tokenizer.pieces[v].replace("▁", " ").strip() or "_" for v in indices]
-        pool = seen["high"][i]
         rows.append({"piece": tokenizer.pieces[token], "guesses": list(zip(guesses, p)), "alone": H,
-                     "pool": None if np.isnan(pool) else pool, "unmasked": seen["unmasked"][i],
-                     "masked": {name: i in positions[name] for name in strategies}})
+                     "pool": None if np.isnan(pool[i]) else pool[i], "unmasked": unmasked[i],
+                     "masked": {name: i in chosen for name, (chosen, _) in looks.items()}})
     return rows
 
 
