@@ -155,13 +155,13 @@ def measures(entries):
     return values
 
 
-def make_row(name, models):
+def make_row(models):
     """Models of one arm -> its row: mean and standard deviation over pretraining seeds."""
     by_seed = {}
     for model in models:
         for what, value in measures(model.scores).items():
             by_seed.setdefault(what, {})[model.seed] = value
-    row = {"name": name, "seeds": [model.seed for model in models], "scores": {
+    row = {"name": models[0].arm, "seeds": [model.seed for model in models], "scores": {
         what: {"mean": statistics.fmean(seeds.values()), "seeds": seeds,
                "sd": statistics.stdev(seeds.values()) if len(seeds) > 1 else None}
         for what, seeds in by_seed.items()}}
@@ -206,8 +206,8 @@ def does_pretraining_pay(arms, rows, baseline):
     """Is the baseline better than random weights by more than two joint errors, and on no task of
     the four worse by as much? Only where it is can two ways of pretraining be told apart.
     -> {"pays": True, False, or None where it cannot be said, and the numbers, or why}"""
-    if not all("primary" in rows.get(arm, {"scores": ()})["scores"]
-               for arm in (baseline, RANDOM_WEIGHTS)):
+    both = [rows[arm] for arm in (baseline, RANDOM_WEIGHTS) if arm in rows]
+    if len(both) < 2 or not all("primary" in row["scores"] for row in both):
         return {"pays": None, "why": f"it takes scores of {baseline} and of random weights on "
                                      f"{', '.join(PRIMARY)}"}
     gain, *by_task = [compare(arms, rows, baseline, RANDOM_WEIGHTS, what)
@@ -242,7 +242,7 @@ def make_table(models, recipe, baseline):
     """Models of one shape and tokenizer -> the table of their scores by this recipe."""
     models, notes = select_scores(models, recipe)
     arms = group_arms([model for model in models if model.scores])
-    rows = {arm: make_row(arm, members) for arm, members in arms.items()}
+    rows = {arm: make_row(members) for arm, members in arms.items()}
     examples = {e["task"]: e for model in models for e in model.scores}
     base = rows.get(baseline)
     ends = [end for end in ENDPOINTS if base and end in base["scores"]] or examples
@@ -262,7 +262,7 @@ def make_table(models, recipe, baseline):
         "recipe": recipe, "baseline": baseline if base else None,
         "fine_tuning_seeds": {task: sorted({e["seed"] for m in models for e in m.scores
                                             if e["task"] == task}) for task in examples},
-        "rows": [make_row(majority.arm, [majority]), *rows.values()],
+        "rows": [make_row([majority]), *rows.values()],
         "pretraining_pays": does_pretraining_pay(arms, rows, baseline),
         "notes": notes + notes_on_rows(examples) + notes_on_runs(arms, rows),
     }
