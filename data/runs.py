@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from data import corpus
 from data.files import (
@@ -92,9 +91,9 @@ def open_earlier(run, finished, typed, defaults, may_change):
         if typed[name] != flags[name]:
             raise UserError(f"{run} has --{name.replace('_', '-')} {flags[name]}, and that cannot "
                             "change: leave the flag out, or start a run with another --out")
-    last = {name: value for name, value in dict(*config["starts"][-1:]).items()
-            if name in ("micro_batch", "compile")}  # what the last start needed
-    return Namespace(**{**flags, **last, **typed, "out": str(run)}), config
+    needed = {name: value for start in config["starts"] for name, value in start.items()
+              if name in ("micro_batch", "compile")}  # by the last start
+    return Namespace(**{**flags, **needed, **typed, "out": str(run)}), config
 
 
 def load_text(args, earlier, machine):
@@ -176,8 +175,8 @@ class Run:
             "parameters": sum(p.numel() for p in job.model.parameters()),
             "unigram_entropy": job.text.unigram_entropy, "flops": flops,
             "teacher_flops": teacher_flops, "starts": [now]}
-        path = Path(args.out)
-        self.path, self.config, self.lock = path, earlier or config, None
+        self.path = path = Path(args.out)
+        self.config = earlier or config
         if RANK:
             return
         path.mkdir(parents=True, exist_ok=True)
@@ -207,8 +206,8 @@ class Run:
             job.optimizer.load_state_dict(saved["optimizer"])
             if job.free:
                 job.free.load_state(saved["free"])
-            state = State(**{**saved["state"], "pending": list(saved["pending"].to(
-                job.machine.device))})
+            state = State(**saved["state"])
+            state.pending = [x.to(job.machine.device) for x in state.pending]
         if not RANK:
             write_atomic(self.path / "log.jsonl", state.log.encode())
         state.clock = (state.step, time.perf_counter())
@@ -231,11 +230,8 @@ class Run:
         new, newest = self.path / "checkpoint.new.pt", self.path / "checkpoint.pt"
         save_tensors(new, {
             "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict(),
-            "state": {name: value for name, value in vars(state).items()
-                      if name not in ("pending", "clock")},
-            "pending": torch.stack(state.pending) if state.pending else torch.zeros(0, 2),
-            "free": job.free.state() if job.free else torch.zeros(0),
-            "config_sha256": config_sha256(self.config)})
+            "state": {name: value for name, value in vars(state).items() if name != "clock"},
+            "free": job.free and job.free.state(), "config_sha256": config_sha256(self.config)})
         if newest.exists():
             os.replace(newest, self.path / "checkpoint.prev.pt")
         os.replace(new, newest)
@@ -249,16 +245,17 @@ class Run:
 
 def load_checkpoint(run, config):
     """What Run.save wrote, or None where a run was stopped before its first checkpoint."""
-    newest, previous = run / "checkpoint.pt", run / "checkpoint.prev.pt"
-    if not newest.exists() and not previous.exists():
+    there = [path for path in (run / "checkpoint.pt", run / "checkpoint.prev.pt") if path.exists()]
+    if not there:
         return None
+    newest, *previous = there
     try:
-        state = load_tensors(newest if newest.exists() else previous)
+        state = load_tensors(newest)
     except UserError as error:
-        if not (newest.exists() and previous.exists()):
+        if not previous:
             raise
-        load_tensors(previous)  # if that one is damaged too, it says so itself
-        raise UserError(f"{error}; {previous} is intact: delete {newest} to go on from there")
+        load_tensors(previous[0])  # if that one is damaged too, it says so itself
+        raise UserError(f"{error}; {previous[0]} is intact: delete {newest} to go on from there")
     if state.get("config_sha256") != config_sha256(config):
         raise UserError(f"the checkpoint in {run} does not belong to its config.json: one of the "
                         "two was changed, or copied here")
