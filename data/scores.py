@@ -39,7 +39,7 @@ class Pretraining:
     """How a run was made, as far as a table tells it."""
 
     experiment: dict  # flag -> value; of a path what it stands for, see open_run of glue.py
-    start: dict  # machine, device, dtype and torch of its last start
+    start: dict  # what WHERE names, of all its starts: machine_of
     tokens: int
     flops: int
     teacher_flops: int  # of the training of its teacher
@@ -275,21 +275,23 @@ def select_scores(models, recipe):
     rows and with the fine-tuning seeds that all have. Of two that differ in the machine: the later.
     """
     but_rates = {name: value for name, value in recipe.items() if name not in RATE_NAMES}
-    notes, kept = [], [{} for _ in models]
+    notes, kept = [], [[] for _ in models]
     for task in TASKS:
-        entries = [[e for e in m.scores if e["task"] == task and e["recipe"].items() >= (
-            recipe if m.pretraining else but_rates).items()] for m in models]
-        rows = Counter(e["data"] for m, es in zip(models, entries) for e in es if m.pretraining)
-        common, _ = max(rows.items(), key=lambda item: item[1], default=("", 0))
-        entries = [[e for e in es if e["data"] == common] for es in entries]
-        seeds = [{e["seed"] for e in es} for es in entries if es]
-        for es, of_model in zip(entries, kept):
-            of_model |= {(task, e["seed"]): e for e in es if all(e["seed"] in s for s in seeds)}
-        if len(rows) > 1 or any(s != seeds[0] for s in seeds):
+        found = [{(e["data"], e["seed"]): e for e in m.scores if e["task"] == task
+                  and e["recipe"].items() >= (recipe if m.pretraining else but_rates).items()}
+                 for m in models]
+        rows = Counter(data for m, of in zip(models, found) if m.pretraining for data, _ in of)
+        if not rows:
+            continue
+        (common, _), *others = rows.most_common()
+        found = [{seed: e for (data, seed), e in of.items() if data == common} for of in found]
+        seeds = set.intersection(*(set(of) for of in found if of))
+        for of, scores in zip(found, kept):
+            scores += [of[seed] for seed in of if seed in seeds]
+        if others or any(of.keys() - seeds for of in found):
             notes.append(f"{task}: left out are scores on other rows, or with fine-tuning seeds "
                          "that not all models have")
-    return [replace(model, scores=list(of_model.values()))
-            for model, of_model in zip(models, kept)], notes
+    return [replace(model, scores=scores) for model, scores in zip(models, kept)], notes
 
 
 def notes_on_pair(arm, baseline, arms):
