@@ -13,6 +13,7 @@ import re
 import string
 import unicodedata
 from itertools import chain
+from pathlib import Path
 
 import sentencepiece
 
@@ -59,7 +60,7 @@ class Tokenizer:
         if sha256 is not None and sha256 != self.sha256:
             raise UserError(f"{path} is damaged: its checksum is not the recorded one")
         try:
-            self.sp = sentencepiece.SentencePieceProcessor(model_file=str(path))
+            self.sp = sentencepiece.SentencePieceProcessor(model_proto=Path(path).read_bytes())
         except RuntimeError:
             raise UserError(f"{path} is not a sentencepiece model")
         self.vocab_size = self.sp.vocab_size()
