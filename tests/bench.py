@@ -15,10 +15,9 @@ logits which nobody reads has a high share and is slow all the same. In fine-tun
 real tokens count, not those of padding.
 
 Where Hugging Face transformers is installed its BERT of the same shape takes the same steps, in the
-same way: the memory setting of data/machine.py, SDPA, autocast, fused AdamW, clipping, no dropout;
-in pretraining 80/10/10 masking as its collator does it, and logits for every token ("as it is") or
-for the masked ones alone ("gathered"); in fine-tuning the very batches of glue.py, rows of like
-length together.
+same way: the memory setting of data/machine.py, SDPA, autocast, fused AdamW, clipping, no dropout,
+80/10/10 masking as its collator does it, and logits for every token ("as it is") or for the masked
+ones alone ("gathered").
 """
 
 import importlib.util
@@ -42,7 +41,7 @@ import train
 from data.files import UserError, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
-from data.tokenizer import CLS, MASK, N_SPECIAL, PAD, SEP
+from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import SIZES, Bert, Shape
 from train import make_optimizer
 
@@ -111,37 +110,16 @@ def training(args, machine, arm):
             train.count_flops(flags, job.model.shape, job.teacher, [0]))
 
 
-def transformers_bert(args, kind):
-    """Its BERT of the same shape, without dropout."""
-    import transformers
-
-    (layers, width), name = SIZES[args.size], f"BertFor{kind}"
-    return getattr(transformers, name)(transformers.BertConfig(
-        vocab_size=args.vocab_size, hidden_size=width, num_hidden_layers=layers,
-        num_attention_heads=width // 64, intermediate_size=4 * width, hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0, max_position_embeddings=args.seq_len,
-        attn_implementation="sdpa")).train()
-
-
-def learner(model, machine, loss_of, lr=1e-3):
-    """-> update(*batch): one step of AdamW as train.py and glue.py take it."""
-    model.to(machine.device)
-    optimizer = make_optimizer(model, lr, 0.01)
-
-    def update(*batch):
-        with machine.autocast():
-            loss = loss_of(*batch)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-    return update
-
-
 def transformers_training(args, machine, gathered):
     """BertForMaskedLM, masked as DataCollatorForLanguageModeling does it: a coin for each token."""
-    model, T, V = transformers_bert(args, "MaskedLM"), args.seq_len, args.vocab_size
+    import transformers
+
+    (layers, width), T, V = SIZES[args.size], args.seq_len, args.vocab_size
+    model = transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=V, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
+        intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        max_position_embeddings=T, attn_implementation="sdpa")).train().to(machine.device)
+    optimizer = make_optimizer(model, 1e-3, 0.01)
     tokens = zipf_tokens(args.batch_size * T, V).reshape(-1, T).astype(np.int64)
     tokens[:, 0], tokens[:, -1] = CLS, SEP
     tokens = torch.from_numpy(tokens).to(machine.device)
@@ -158,9 +136,16 @@ def transformers_training(args, machine, gathered):
         hidden = model.bert(inputs).last_hidden_state[masked]
         return F.cross_entropy(model.cls(hidden), labels[masked])
 
-    flops = 3 * args.batch_size * dense_flops(
-        *SIZES[args.size], T, V, 0.15 * (T - 2) if gathered else T)
-    return learner(model, machine, loss_of), tokens.numel(), flops
+    def update():
+        with machine.autocast():
+            loss = loss_of()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    predicted = 0.15 * (T - 2) if gathered else T
+    return update, tokens.numel(), 3 * args.batch_size * dense_flops(layers, width, T, V, predicted)
 
 
 def dense_flops(layers, width, T, V=0, predicted=0):
@@ -169,31 +154,16 @@ def dense_flops(layers, width, T, V=0, predicted=0):
     return layers * T * (24 * d**2 + 4 * T * d) + predicted * (2 * d**2 + 2 * d * V)
 
 
-def tuning(args, machine, task, others):
-    """An epoch of glue.fine_tune, or of transformers on the same batches."""
+def tuning(args, machine, task):
+    """An epoch of glue.fine_tune."""
     rows = rows_like(task, args.rows, args.vocab_size, args.seq_len)
     labels, lengths = [i % 2 for i in range(args.rows)], np.array([len(ids) for ids, _ in rows])
     recipe = Namespace(**{**defaults({"": glue.FLAGS["Recipe"]}), "epochs": 1, "lr": 1e-3,
                           "embedding_lr": 1e-3, "batch_size": args.batch_size})
     flops = 3 * sum(dense_flops(*SIZES[args.size], int(n)) for n in lengths)
-    if not others:
-        model = glue.Classifier(Bert(Shape(args.vocab_size, *SIZES[args.size], args.seq_len)), 2,
-                                recipe.pool_output).to(machine.device)
-        return (lambda: glue.fine_tune(model, rows, labels, recipe, 0, machine), lengths.sum(),
-                flops)
-    model = transformers_bert(args, "SequenceClassification")
-    update = learner(model, machine, lambda ids, attend, y: model(
-        ids, attention_mask=attend, labels=y).loss)
-
-    def epoch():
-        for chosen in glue.batches(lengths, args.batch_size, 0, 0):
-            ids = np.full((len(chosen), lengths[chosen].max()), PAD)
-            for i, row in enumerate(chosen):
-                ids[i, :lengths[row]] = rows[row][0]
-            ids = torch.from_numpy(ids).to(machine.device)
-            update(ids, ids != PAD, torch.tensor([labels[i] for i in chosen]).to(machine.device))
-
-    return epoch, lengths.sum(), flops
+    model = glue.Classifier(Bert(Shape(args.vocab_size, *SIZES[args.size], args.seq_len)), 2,
+                            recipe.pool_output).to(machine.device)
+    return (lambda: glue.fine_tune(model, rows, labels, recipe, 0, machine), lengths.sum(), flops)
 
 
 def peak(args, machine):
@@ -208,10 +178,8 @@ CASES = {  # name -> (function, its arguments, the case with which it is compare
     **{f"train.py, {arm}": (training, (arm,), "train.py, random") for arm in ARMS},
     "transformers, as it is": (transformers_training, (False,), "train.py, random"),
     "transformers, gathered": (transformers_training, (True,), "train.py, random"),
+    **{f"glue.py, {task}": (tuning, (task,), f"glue.py, {task}") for task in LENGTHS},
 }
-for task in LENGTHS:
-    CASES |= {f"glue.py, {task}": (tuning, (task, False), f"glue.py, {task}"),
-              f"transformers, {task}": (tuning, (task, True), f"glue.py, {task}")}
 
 
 def measure(name, args):

@@ -2,7 +2,6 @@
 
 from argparse import Namespace
 
-import numpy as np
 import pytest
 import torch
 
@@ -20,8 +19,7 @@ def small(**changes):
 
 
 @pytest.mark.parametrize("arm, scored", [
-    ("random", 0), ("entropy", 10), ("self, masked", 10), ("self, unmasked, pool 0", 30),
-    ("self, vocabulary", 0)])
+    ("random", 0), ("entropy", 10), ("self, unmasked, pool 0", 30)])
 def test_an_arm_learns_by_train_py_and_its_flops_are_those_of_the_model(arm, scored):
     args, machine = small()
     step, tokens, flops = bench.training(args, machine, arm)
@@ -34,12 +32,6 @@ def test_an_arm_learns_by_train_py_and_its_flops_are_those_of_the_model(arm, sco
 def test_flops_of_others_are_ours_where_every_token_is_predicted():
     expected = forward_flops(Shape(8192, 4, 256), 128, 128)
     assert bench.dense_flops(4, 256, 128, 8192, 128) == expected
-
-
-def test_row_lengths_are_those_that_are_claimed():
-    for task, (mean, deviation) in bench.LENGTHS.items():
-        lengths = np.array([n for _, n in bench.rows_like(task, 5000, 500)])
-        assert abs(lengths.mean() / mean - 1) < 0.03 and abs(lengths.std() / deviation - 1) < 0.1
 
 
 def test_fine_tuning_and_the_peak_are_measured_at_all():
