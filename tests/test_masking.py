@@ -217,15 +217,6 @@ def test_static_keeps_the_places_of_a_block_and_not_what_is_shown():
         0, :, places])
 
 
-def test_the_pool_bounds_what_can_be_chosen():
-    tokens, H = rows_of(200), torch.rand(200, T)
-    noise = noise_of(200)
-    candidates = pool_of(tokens, 10, noise)
-    positions = M.choose(tokens, 5, table(H), "high", 2, noise)
-    best = candidates.gather(1, H.gather(1, candidates).topk(5).indices).sort(1).values
-    assert torch.equal(positions, best)
-
-
 def test_sample_draws_in_proportion_to_entropy():
     """k = 1: the share of every token is H / sum H."""
     n = 40_000
