@@ -98,9 +98,7 @@ if __name__ == "__main__":  # here, since what follows is of the tests, and may 
 
 from data.runs import read_config, read_log  # noqa: E402
 from tests.conftest import GPUS  # noqa: E402
-from tests.helpers import command  # noqa: E402
-from tests.test_data import WORDS, write_corpus  # noqa: E402
-from tests.test_glue_data import LABELS, write_task  # noqa: E402
+from tests.helpers import LABELS, WORDS, command, write_corpus, write_task  # noqa: E402
 
 WITH_GPU = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
 WITH_GPU.pop("CUDA_VISIBLE_DEVICES")
@@ -134,7 +132,7 @@ def check(apart):
 
 
 def test_the_comparison_itself_on_two_equal_devices():
-    apart = json.loads(run(__file__, "cpu").splitlines()[-1])
+    apart = compare("cpu")
     check(apart)
     with pytest.raises(AssertionError, match="rotary gradients"):
         check({**apart, "rotary gradients": 1e-3})
@@ -160,8 +158,6 @@ def last_loss(folder):
 @gpu
 @pytest.mark.parametrize("flags", [
     ["--masking", "random"],
-    ["--masking", "random", "--compile"],
-    ["--masking", "self", "--init-frac", "0.3"],
     ["--masking", "self", "--init-frac", "0.3", "--compile", "--micro-batch", "4"],
     ["--masking", "self", "--init-frac", "0.2", "--score-input", "vocabulary"],
     ["--masking", "entropy", "--distill", "complete", "--teacher"],
@@ -175,18 +171,6 @@ def test_a_run_on_the_gpu_learns_what_it_learns_on_the_cpu(box, tmp_path, flags)
     run(*command(box, tmp_path / "cpu", *flags, "--device", "cpu"))
     assert abs(last_loss(tmp_path / "gpu") - last_loss(tmp_path / "cpu")) < 0.1
     assert read_log(tmp_path / "gpu")[-1]["peak_memory_mb"] < 500  # the GPU's, not the process's
-
-
-@gpu
-def test_a_run_begun_on_the_cpu_goes_on_on_the_gpu(box, tmp_path):
-    flags = ["--masking", "self", "--dtype", "float32", "--device", "cpu"]
-    run(*command(box, tmp_path / "whole", *flags))
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    for name in ("model.pt", "checkpoint.pt"):  # as it was after the checkpoint before the last
-        (tmp_path / "part" / name).unlink()
-    out = run("train.py", "--resume", tmp_path / "part", "--device", "cuda")
-    assert "going on after step 20" in out and "not bit for bit" in out
-    assert abs(last_loss(tmp_path / "whole") - last_loss(tmp_path / "part")) < 0.02
 
 
 @gpu

@@ -2,17 +2,13 @@
 
 import bz2
 import gzip
-import hashlib
-import io
 import json
 import lzma
 import os
 import random
 import sys
-import tarfile
 import threading
 import unicodedata
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
@@ -27,20 +23,7 @@ from data.text import read_documents
 from data.tokenizer import (
     CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
 )
-
-WORDS = ("the a model reads every token of text and learns to guess what is hidden from it by all "
-         "the words around while masks move with each step so that nothing is seen twice").split()
-
-
-def write_corpus(path, documents=120, seed=0, words=40):
-    """Documents of two paragraphs of random words, each document with a number of its own."""
-    rng = random.Random(seed)
-    text = "\n\n".join(
-        f"Document {i}: " + " ".join(rng.choices(WORDS, k=words))
-        + ".\n" + " ".join(rng.choices(WORDS, k=words)).capitalize() + "."
-        for i in range(documents))
-    path.write_text(text + "\n")
-    return path
+from tests.helpers import WORDS, packed_tar, packed_zip, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -58,28 +41,6 @@ def tokenizer(prepared):
 # ---- reading text
 
 
-def zipped(members, password=False):
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, data in members.items():
-            archive.writestr(name, data)
-    data = buffer.getvalue()
-    if password:  # the flag of an encrypted member, in both of its headers
-        data = data.replace(b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1")
-        data = data.replace(b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
-    return data
-
-
-def tarred(members, mode):
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode=mode) as archive:
-        for name, data in members.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-    return buffer.getvalue()
-
-
 def test_every_packing_reads_the_same(tmp_path):
     text = "One paragraph.\r\nAnother — with ünïcode 🙂.\r\n\r\nSecond document.\n"
     data = b"\xef\xbb\xbf" + text.encode()  # a byte-order mark
@@ -87,8 +48,8 @@ def test_every_packing_reads_the_same(tmp_path):
     for name, packed in {
             "a.txt": data, "a.gz": gzip.compress(data), "A.GZ": gzip.compress(data),
             "a.xz": lzma.compress(data), "a.bz2": bz2.compress(data), "b": bz2.compress(data),
-            "a.zip": zipped(members), "a.tgz": tarred(members, "w:gz"),
-            "a.tar": tarred(members, "w"), "a.tar.bz2": tarred(members, "w:bz2")}.items():
+            "a.zip": packed_zip(members), "a.tgz": packed_tar(members, "w:gz"),
+            "a.tar": packed_tar(members, "w"), "a.tar.bz2": packed_tar(members, "w:bz2")}.items():
         (tmp_path / name).write_bytes(packed)
         assert list(read_documents([tmp_path / name])) == [
             ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])], name
@@ -115,21 +76,6 @@ def test_a_folder_is_read_with_its_folders_and_without_leftovers(tmp_path):
             corpora.prepare(str(corpus), 600, tmp_path / "cache")
 
 
-def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text("text")
-    (tmp_path / "closed").mkdir()
-    scandir = os.scandir
-
-    def refuse(path):
-        if str(path).endswith("closed"):
-            raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
-
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(PermissionError, match="closed"):
-        texts.find_files(str(tmp_path), tmp_path, 1)
-
-
 def test_a_path_is_not_a_name(tmp_path):
     (tmp_path / "wikitext.txt").write_text("= Title =\n\nA paragraph.\n")
     documents = list(read_documents([tmp_path / "wikitext.txt"], "wikitext.txt"))
@@ -148,7 +94,10 @@ def test_text_without_blank_lines_and_endless_lines_are_cut(tmp_path, monkeypatc
 
 
 PACKED = gzip.compress(b"text " * 1000)
-ZIP = zipped({"a.txt": b"text\n" * 9, "b.txt": os.urandom(999)})
+ZIP = packed_zip({"a.txt": b"text\n" * 9, "b.txt": os.urandom(999)})
+WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both headers of its member
+    b"PK\3\4\x14\0\0", b"PK\3\4\x14\0\1").replace(
+    b"PK\1\2\x14\3\x14\0\0", b"PK\1\2\x14\3\x14\0\1")
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -165,9 +114,9 @@ ZIP = zipped({"a.txt": b"text\n" * 9, "b.txt": os.urandom(999)})
     ("a.zip", ZIP[:-40], "a.zip cannot be read.*File is not a zip file"),
     ("a.zip", ZIP[:-6] + b"\xff" + ZIP[-5:], "a.zip cannot be read"),  # where its list begins
     ("a.zip", ZIP.replace(ZIP[150:250], bytes(100)), "a.zip, b.txt, .*CRC"),
-    ("a.zip", zipped({"s.txt": b"text"}, password=True), "a.zip cannot be read.*password required"),
-    ("a.zip", zipped({"a.txt": b"a\n", "b.txt": b"\xff"}), "a.zip, b.txt, line 1 is not UTF-8"),
-    ("a.tar", tarred({"a.txt": b"a\n", "b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not text"),
+    ("a.zip", WITH_PASSWORD, "a.zip cannot be read.*password required"),
+    ("a.zip", packed_zip({"b.txt": b"\xff"}), "a.zip, b.txt, line 1 is not UTF-8"),
+    ("a.tar", packed_tar({"b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not text"),
     ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst is compressed with zstd: unpack it first"),
     ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "a.txt is compressed with 7z: unpack it first"),
     ("a.jsonl", b'\n{"id": 1, "text": "Words."}\n' * 9, "line 2 begins with .*JSON.*jq -r"),
@@ -208,24 +157,20 @@ def test_an_impossible_vocabulary_is_told_what_is_possible(tmp_path):
 def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     prose = "This {} sentence is long enough to be taken for prose by all who read it here, I hope."
     for name in ("stdlib", "torch", "numpy"):
-        root = tmp_path / name
-        (root / "site-packages").mkdir(parents=True)
+        (root := tmp_path / name / "site-packages").mkdir(parents=True)
         for i in range(60):  # the same in all three roots: only the first counts
-            (root / f"m{i:02}.py").write_text(f'"""{prose.format("x" * i)}\n\nfew words\n"""\n')
-        (root / "site-packages" / "other.py").write_text(f'"""{prose.format(name)}"""')
-        (root / "wrong.py").write_text(f'def: """{prose.format("wrong")}"""')
-        (root / "link.py").symlink_to(root / "nothing")
+            (root.parent / f"m{i:02}.py").write_text(f'"""{prose.format("x" * i)}\n\nfew\n"""\n')
+        (root / "other.py").write_text(f'"""{prose.format(name)}"""')
+        (root.parent / "wrong.py").write_text(f'def: """{prose.format("wrong")}"""')
     monkeypatch.setattr(docs.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path / "stdlib")})
     monkeypatch.setattr(docs.importlib.util, "find_spec", lambda name: SimpleNamespace(
         origin=str(tmp_path / name / "__init__.py")))
     words = ["x" * i for i in range(60)] + ["torch", "numpy"]  # no site-packages of the stdlib
     for processes in (1, 3):
-        cache = tmp_path / f"cache{processes}"
-        cache.mkdir()
+        (cache := tmp_path / f"cache{processes}").mkdir()
         path, = texts.find_files("docs", cache, processes)
-        paragraphs = path.read_text().strip().split("\n\n")
-        assert paragraphs == [" ".join(prose.format(word).split()) for word in words]
-        assert sorted(p.name for p in cache.iterdir()) == [".lock", path.name]
+        assert path.read_text().strip().split("\n\n") == [
+            " ".join(prose.format(word).split()) for word in words]
         path.write_text("kept")
         assert docs.extract_docs(cache, processes).read_text() == "kept"
 
@@ -296,11 +241,9 @@ def test_special_tokens_never_come_from_text(tmp_path):
 
 
 @pytest.mark.parametrize("text, alike", [
-    ("lan\u00adtern", "lantern"), ("lan\u200btern\u2060", "lantern"), ("\ufefflantern", "lantern"),
-    ("\u202blantern\u202c", "lantern"), ("e\u200b\u0301t", "ét"), ("a\x07b\x7f", "ab"),
+    ("e\u200b\u0301t", "ét"),
     ("👩\u200d👧", "👩👧"), ("❤\ufe0f", "❤"),
-    *((f"the{blank}quiet", "the quiet") for blank in (
-        *"\t\v\f\u00a0\u2003\u2028\u3000▁▅", "\r\n", "\u00a0 \u200b\t")),
+    *((f"the{blank}quiet", "the quiet") for blank in ("▁", "▅", "\r\n", "\u00a0 \u200b\t")),
     ("  The Quiet\n", "the quiet"), ("ﬁÅK", "fiåk"), ("か\u3099\uff76\uff9e", "がガ"),
     ("\u1112\u1161\u11ab", "한"), ("ΟΔΟΣ", "οδοσ"), ("bad \udc80 byte", "bad ? byte"),
     ("\u200b \t", ""),
@@ -323,7 +266,7 @@ def test_no_invisible_character_and_no_blank_is_a_letter():
             assert unicodedata.category(c) in ("Cc", "Cf", "Mn", "Lo", "Cn", "So"), hex(ord(c))
 
 
-@pytest.mark.parametrize("character", "▅▁\t\u2047\u00ad")
+@pytest.mark.parametrize("character", "▅\t\u00ad")
 def test_no_paragraph_is_left_out_of_the_vocabulary(character, tmp_path):
     paragraphs = [f"the {word} zebrafish {character} and more" for word in WORDS * 2]
     train_tokenizer(paragraphs, 330, tmp_path / "t.model")
@@ -363,10 +306,9 @@ def test_the_cache_is_used_again_and_found_by_its_hashes(prepared, tmp_path):
     (folder.parent / "0").mkdir()
     (folder.parent / "0" / "meta.json").write_text("{")
     text = corpora.load(folder, 34)
-    hashes = [text.sha256, text.tokenizer.sha256]
-    assert corpora.find_prepared(folder.parent, *hashes) == folder
-    assert corpora.find_prepared(folder.parent, text.sha256, "0" * 64) is None
-    assert corpora.find_prepared(tmp_path / "no cache", *hashes) is None
+    assert corpora.find_prepared(folder.parent, text.sha256) == folder
+    assert corpora.find_prepared(folder.parent, "0" * 64) is None
+    assert corpora.find_prepared(tmp_path / "no cache", text.sha256) is None
 
 
 def test_a_damaged_cache_is_refused(tmp_path):
@@ -401,26 +343,6 @@ def test_processes_that_start_together_wait_for_the_one_that_builds(tmp_path, mo
         thread.join()
     assert len(built) == 1 and len(folders) == 3 and len(set(folders)) == 1
     assert "waiting for another process: it prepares a corpus" in capsys.readouterr().err
-
-
-def test_two_builders_where_there_are_no_locks(tmp_path, monkeypatch):
-    """The second begins while the first one builds, and is through before it."""
-    source, train, pids = write_corpus(tmp_path / "text.txt"), corpora.train_tokenizer, iter([1, 2])
-    monkeypatch.setattr(corpora, "lock_folder", lambda folder, wait: open(folder / ".lock", "w"))
-    monkeypatch.setattr(corpora.os, "getpid", lambda: next(pids))
-    built_in = []
-
-    def train_and_be_overtaken(paragraphs, vocab_size, path):
-        built_in.append(path.parent)
-        if len(built_in) == 1:
-            assert corpora.prepare(str(source), 600, tmp_path / "cache").is_dir()
-        train(paragraphs, vocab_size, path)
-
-    monkeypatch.setattr(corpora, "train_tokenizer", train_and_be_overtaken)
-    folder = corpora.prepare(str(source), 600, tmp_path / "cache")
-    corpora.load(folder, 34)
-    assert sorted(p.name for p in (tmp_path / "cache").iterdir()) == [".lock", folder.name]
-    assert len(set(built_in)) == 2  # neither wrote into the other's files
 
 
 def test_what_a_killed_builder_left_goes_after_a_day(tmp_path):
@@ -472,13 +394,9 @@ def test_a_pickle_payload_is_not_run(tmp_path):
         def __reduce__(self):
             return (open, (str(tmp_path / "ran"), "w"))
 
-    path = tmp_path / "x.pt"
-    files.save_tensors(path, {"a": Payload()})
+    files.save_tensors(tmp_path / "x.pt", {"a": Payload()})
     with pytest.raises(UserError, match="not one of our files"):
-        files.load_tensors(path)
-    path.write_bytes(b"junk" + hashlib.sha256(b"junk").hexdigest().encode())
-    with pytest.raises(UserError, match="not one of our files"):
-        files.load_tensors(path)
+        files.load_tensors(tmp_path / "x.pt")
     assert not (tmp_path / "ran").exists()
 
 

@@ -7,7 +7,6 @@ import json
 import random
 import re
 import struct
-import sys
 
 import pytest
 import torch
@@ -15,11 +14,9 @@ import torch
 import model as model_script
 from data import corpus as corpora
 from data.export import interleave, safetensors
-from data.files import run_script
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 from model import Bert, Shape, load
-from tests.helpers import save_run
-from tests.test_data import write_corpus
+from tests.helpers import call, save_run, write_corpus
 
 ENGLISH = """It's a truth universally acknowledged, that a single man in possession of a good
 fortune must be in want of a wife -- isn't it?|
@@ -54,13 +51,8 @@ def runs(tmp_path_factory):
             "learned": make_run(folder, "learned")}
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["model.py", *map(str, argv)])
-    run_script(model_script.main)
-
-
 def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):
-    call(monkeypatch, runs["rotary"], "--fill", "The [MASK] reads the [MASK].")
+    call(["model.py", runs["rotary"], "--fill", "The [MASK] reads the [MASK]."], monkeypatch)
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 and all(len(re.findall(r"\S+ 0\.\d{3}", line)) == 5 for line in lines)
     model, tokenizer = load(runs["rotary"])
@@ -68,33 +60,20 @@ def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):
     where = (ids[0] == MASK).nonzero().flatten()
     with torch.inference_mode():
         best = model(ids)[0, where].softmax(-1).topk(5)
-    guesses = model_script.fill_mask(model, tokenizer, "The [MASK] reads the [MASK].")
+    _, guesses = model_script.fill_mask(model, tokenizer, [
+        "a [MASK]", "The [MASK] reads the [MASK]."])
     assert [[piece for piece, _ in row] for row in guesses] == [
         [tokenizer.pieces[i] for i in row] for row in best.indices.tolist()]
     assert [[p for _, p in row] for row in guesses] == [
         pytest.approx(row, abs=1e-5) for row in best.values.tolist()]
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["RUN"], "give a run folder and what to do with it"),
-    (["--fill", "a [MASK]"], "give a run folder and what to do with it"),
-    (["RUN", "--fill", "no mask"], r"there is no \[MASK\] in the text"),
-    (["/nowhere", "--export", "x"], "is not a run folder"),
-    (["RUN", "--exprt", "x"], "unrecognized arguments: --exprt"),
-])
-def test_mistakes_are_one_line(argv, message, runs, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *(runs["rotary"] if a == "RUN" else a for a in argv))
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and error.count("\n") == 1 and re.search(message, error)
-
-
 def test_an_export_is_never_overwritten(runs, tmp_path, monkeypatch, capsys):
-    call(monkeypatch, runs["learned"], "--export", tmp_path / "out")
+    call(["model.py", runs["learned"], "--export", tmp_path / "out"], monkeypatch)
     assert "BertForMaskedLM" in capsys.readouterr().out
     before = {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
     with pytest.raises(SystemExit):
-        call(monkeypatch, runs["rotary"], "--export", tmp_path / "out")
+        call(["model.py", runs["rotary"], "--export", tmp_path / "out"], monkeypatch)
     assert "exists: give another folder" in capsys.readouterr().err
     assert before == {p: p.read_bytes() for p in (tmp_path / "out").iterdir()}
 
@@ -124,7 +103,7 @@ def exported(runs, tmp_path_factory):
     folder = tmp_path_factory.mktemp("exported")
     with pytest.MonkeyPatch.context() as patch:
         for name, run in runs.items():
-            call(patch, run, "--export", folder / name)
+            call(["model.py", run, "--export", folder / name], patch)
     return folder
 
 

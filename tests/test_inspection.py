@@ -4,9 +4,8 @@
 """
 
 import re
-import runpy
+import shutil
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,14 +16,12 @@ from data import corpus as corpora
 from data.files import save_tensors
 from data.inspection import (
     DIAGNOSIS_SEED, DOSE_RULES, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour,
-    print_doses, report_doses, standardise, strategies_of, token_kinds,
+    print_doses, report_doses, strategies_of, token_kinds,
 )
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape, forward_flops, load
-from tests.helpers import save_run
-from tests.test_data import write_corpus
+from tests.helpers import call, save_run, write_corpus
 
-ROOT = Path(__file__).parent.parent
 SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
 V, T = 300, 34
 
@@ -58,11 +55,6 @@ def run(tmp_path_factory):
     text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
     torch.manual_seed(0)
     return save_run(folder / "run", Bert(Shape(600, 2, 64, 64, init_std=0.3)), text.tokenizer_path)
-
-
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["masking.py", *map(str, argv)])
-    runpy.run_path(str(ROOT / "masking.py"), run_name="__main__")
 
 
 # ---- for the log
@@ -119,15 +111,6 @@ def test_the_dose_is_that_of_a_loop():
     assert found["dose"] == pytest.approx(np.mean(amounts), abs=1e-4)
 
 
-def test_there_is_no_dose_where_entropies_hardly_differ():
-    model, tokens = small_model(init_std=1e-3), rows_of(3)
-    assert dose(model, tokens, torch.tensor([[1, 2], [3, 4], [5, 6]])) is None
-    reports = report_doses(model, tokens, {})
-    assert reports[0]["rule"] == "exact" and reports[0]["dose"] == [None, None]
-    flat = torch.tensor([[np.nan, 2.0, 2.0, np.nan], [np.nan, 1.0, 3.0, np.nan]])
-    assert standardise(flat).tolist() == [[0, 0, 0, 0], [0, -1, 1, 0]]  # a row without any
-
-
 def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
     model, tokens = small_model(), rows_of(120)
     reports = report_doses(model, tokens, STRATEGIES)
@@ -181,17 +164,8 @@ def test_the_rank_correlation_of_a_free_score():
 # ---- one sentence
 
 
-def test_exact_entropy_is_one_token_masked_at_a_time(run):
-    model, tokenizer = load(run)
-    tokens = torch.tensor([CLS, *tokenizer.encode(SENTENCE), SEP])
-    H = exact_entropy(model, tokens[None])[0]
-    assert H[0].isnan() and H[-1].isnan()
-    for i in (1, 4, len(tokens) - 2):
-        assert H[i].item() == pytest.approx(entropy_alone(model, tokens, i), abs=1e-4)
-
-
 def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, capsys):
-    call(monkeypatch, run, SENTENCE, "--mask-rate", "0.2")
+    call(["masking.py", run, SENTENCE, "--mask-rate", "0.2"], monkeypatch)
     out = capsys.readouterr().out
     model, tokenizer = load(run)
     rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.2, 0)
@@ -225,7 +199,7 @@ def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, ca
     free.mean[:] = 0
     free.mean[ids[3]] = 5.0
     save_tensors(tmp_path / "checkpoint.pt", {"free": free.state()})
-    call(monkeypatch, tmp_path, "the model reads every token")
+    call(["masking.py", tmp_path, "the model reads every token"], monkeypatch)
     assert re.search(r"alone .* unmasked vocabulary ", capsys.readouterr().out)
     strategies = strategies_of(tmp_path, model)
     assert strategies["vocabulary"][1].mean[ids[3]] == 5
@@ -234,20 +208,18 @@ def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, ca
     assert [row["masked"]["vocabulary"] for row in rows] == [i == 3 for i in range(len(rows))]
 
 
-def test_colour_follows_the_terminal_and_no_color(run, monkeypatch, capsys):
+@pytest.mark.parametrize("no_color, colours", [("", True), ("1", False)])
+def test_colour_follows_the_terminal_and_no_color(no_color, colours, run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.delenv("NO_COLOR", raising=False)
-    call(monkeypatch, run, SENTENCE)
-    assert "\033[48;2;" in capsys.readouterr().out
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
-    monkeypatch.setenv("NO_COLOR", "1")
-    call(monkeypatch, run, SENTENCE)
-    assert "\033" not in capsys.readouterr().out
+    monkeypatch.setenv("NO_COLOR", no_color)
+    call(["masking.py", run, SENTENCE], monkeypatch)
+    assert ("\033[48;2;" in capsys.readouterr().out) == colours
 
 
 def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
     page = tmp_path / "a page.html"
-    call(monkeypatch, run, SENTENCE, "--html", page)
+    run = shutil.copytree(run, tmp_path / "na\u00efve \n[x]*?%s{0}")
+    call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)
     html = page.read_text()
     assert "&lt;" in html and "&amp;" in html and "<every>" not in html
     assert "prefers-color-scheme: dark" in html
@@ -257,26 +229,9 @@ def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_
     k = round(0.15 * len(rows))
     assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(STRATEGIES)
     assert "$" not in html  # every placeholder was filled
-    call(monkeypatch, run, SENTENCE, "--html", page)  # its own page may be made anew
+    call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)  # its own may be made anew
     page.write_text("a diary")
     with pytest.raises(SystemExit):
-        call(monkeypatch, run, SENTENCE, "--html", page)
+        call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)
     assert page.read_text() == "a diary"
     assert "name another" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("argv, message", [
-    ([], "python train.py --masking self"),
-    (["RUN", "a"], "from 2 to 62"),
-    (["RUN", "token " * 100], "from 2 to 62"),
-    (["RUN", "a b c d", "--mask-rate", "0.9"], "--mask-rate"),
-    (["RUN", "the model reads", "--html", "/"], "name another"),
-    (["RUN", "the", "model", "reads"], "unrecognized arguments"),
-    (["a sentence"], "not a run folder"),
-    (["nowhere", "a b c d"], "not a run folder"), ([ROOT, "a b c d"], "not a run folder"),
-])
-def test_mistakes_are_one_line(run, argv, message, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as stop:
-        call(monkeypatch, *[run if a == "RUN" else a for a in argv])
-    error = capsys.readouterr().err
-    assert stop.value.code == 2 and message in error and error.count("\n") == 1

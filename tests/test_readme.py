@@ -11,8 +11,7 @@ import glue
 import masking
 import train
 from data.files import UserError
-from tests.helpers import ROOT, call, command
-from tests.test_data import write_corpus
+from tests.helpers import ROOT, call, command, write_corpus
 from tests.test_masking import T, noise_of, rows_of, table
 
 README = (ROOT / "README.md").read_text()

@@ -15,8 +15,7 @@ from data.files import load_tensors
 from data.runs import read_log
 from data.tokenizer import MASK
 from model import Bert, Shape, load
-from tests.helpers import call, command
-from tests.test_data import write_corpus
+from tests.helpers import call, command, write_corpus
 from train import learning_rate
 
 
