@@ -1,6 +1,5 @@
 """What several test files need: the scripts as a user types them, on a toy corpus."""
 
-import contextlib
 import fcntl
 import gc
 import importlib
