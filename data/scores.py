@@ -202,6 +202,15 @@ def compare(arms, rows, ours, theirs, what):
     return result
 
 
+def in_errors(c):
+    """A difference as a multiple of its joint error."""
+    if c["difference"] == 0:
+        return 0.0
+    if c["joint_error"] == 0:
+        return math.copysign(math.inf, c["difference"])
+    return c["difference"] / c["joint_error"]
+
+
 def does_pretraining_pay(arms, rows, baseline):
     """Is the baseline better than random weights by more than two joint errors, and on no task of
     the four worse by as much? Only where it is can two ways of pretraining be told apart.
@@ -214,8 +223,7 @@ def does_pretraining_pay(arms, rows, baseline):
                       for what in ("primary", *ACCURACY.values())]
     if gain is None or gain["joint_error"] is None:
         return {"pays": None, "why": "it takes two pretraining seeds"}
-    pays = gain["difference"] > 2 * gain["joint_error"] and all(
-        c["difference"] >= -2 * c["joint_error"] for c in by_task)
+    pays = in_errors(gain) > 2 and all(in_errors(c) >= -2 for c in by_task)
     return {"pays": pays, "gain": gain, "tasks": dict(zip(PRIMARY, by_task))}
 
 
@@ -407,10 +415,6 @@ def show_verdict(table):
     verdict = table["pretraining_pays"]
     if verdict["pays"] is None:
         return f"Does pretraining pay? Not known: {verdict['why']}."
-
-    def in_errors(c):
-        return c["difference"] / c["joint_error"] if c["joint_error"] else math.inf
-
     gain = verdict["gain"]
     tasks = ", ".join(f"{task} {c['difference']:+.1f} ({in_errors(c):+.1f})"
                       for task, c in verdict["tasks"].items())
