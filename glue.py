@@ -380,7 +380,7 @@ def score(model, task, seed, rows, args, data, machine):
         "task": task, "seed": seed, "recipe": recipe, "data": sha256, "model": model.sha256,
         "score": sum(parts.values()) / len(parts), "parts": parts,
         "majority": majority_class(TASKS[task], train.labels, devs),
-        "correct": correct_rows(TASKS[task], outputs, devs) if TASKS[task].primary else "",
+        "correct": correct_rows(TASKS[task], outputs, devs),
         "trained_on": len(train), "rows": [part.in_file for part in (train, *devs)],
         "official": [part.official for part in (train, *devs)],
         "shared": [dev.shared for dev in devs],
