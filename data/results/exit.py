@@ -73,23 +73,8 @@ def print_text(runs):
             "|")
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="RUN", help="add a finished run to exit.jsonl")
-    args = parser.parse_args()
-    if args.keep:
-        return keep(args.keep)
-    if not LINES.exists():
-        raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
-    runs = [json.loads(line) for line in LINES.read_text().splitlines()]
-    print_text([run for run in runs if run["arm"].startswith("text-")])
-    arms = {}
-    for run in runs:
-        if not run["arm"].startswith("text-"):
-            arms.setdefault(run["arm"], {})[run["seed"]] = run
-    if "random" not in arms:
-        return
+def print_arms(arms):
+    """Print the table of {arm: {seed: run}} -> {arm: its paired log ratio to random masking}."""
     # A run that has not left by the end of its budget counts as the budget, and is named.
     exits = {arm: {seed: exit_step(run) or run["steps"] for seed, run in sorted(by_seed.items())}
              for arm, by_seed in arms.items()}
@@ -112,7 +97,8 @@ def main():
     print("\n| arm | seeds | exit, steps: median (range) | over random [95 %] | p of t, Holm | "
           "sign flip (smallest) | not left | FLOPs |\n|---|---|---|---|---|---|---|---|")
     cost = statistics.mean(run["flops"] for run in arms["random"].values())
-    for arm in sorted(arms, key=lambda arm: statistics.median(exits[arm].values())):
+    shown = [arm for arm in arms if arm in ratios or arm not in CONTRASTS]
+    for arm in sorted(shown, key=lambda arm: statistics.median(exits[arm].values())):
         steps, ratio = sorted(exits[arm].values()), ratios.get(arm)
         cells = [arm, str(len(steps)),
                  f"{statistics.median(steps):.0f} ({steps[0]:.0f} to {steps[-1]:.0f})"]
@@ -126,7 +112,11 @@ def main():
         stuck = [str(seed) for seed, run in arms[arm].items() if exit_step(run) is None]
         spent = statistics.mean(run["flops"] for run in arms[arm].values()) / cost
         print("|", " | ".join([*cells, ", ".join(stuck) or "-", f"{spent:.2f}"]), "|")
+    return ratios
 
+
+def draw(arms, ratios):
+    """Write the curves of all arms, the same shifted by their exits, and the ratios."""
     title = "held-out loss (nats)"
     bound = next(WITHOUT_CONTEXT * r["unigram_entropy"] - MARGIN for r in arms["random"].values())
     curves = {arm: [[tuple(point) for point in run["loss"] if point[1] < 20]
@@ -145,6 +135,28 @@ def main():
         "ln (exit time / exit time of random masking, same seed), 95 % intervals over seeds",
         [(arm, r["difference"], r["low"], r["high"]) for arm, r in ratios.items() if r])],
         "below 0 it leaves earlier, above 0 later", "+.2f").encode())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, metavar="RUN", help="add a finished run to exit.jsonl")
+    args = parser.parse_args()
+    if args.keep:
+        return keep(args.keep)
+    if not LINES.exists():
+        raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
+    runs = [json.loads(line) for line in LINES.read_text().splitlines()]
+    print_text([run for run in runs if run["arm"].startswith("text-")])
+    arms = {}
+    for run in runs:
+        if not run["arm"].startswith("text-"):
+            arms.setdefault(run["arm"], {})[run["seed"]] = run
+    if "random" not in arms:
+        return
+    ratios = print_arms(arms)
+    if all(arm in ratios for arm in CONTRASTS):
+        draw(arms, ratios)
 
 
 if __name__ == "__main__":
