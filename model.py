@@ -285,7 +285,7 @@ def load(run):
     if run.is_file():
         raise UserError(f"{run} is a file: give the run's folder, {run.parent}")
     if not (run / "config.json").is_file():
-        raise UserError(f"{run} is not a run folder: make one with  python train.py --out {run}")
+        raise UserError(f"{run} is not a run folder; a run is made by  python train.py")
     if not (run / "model.pt").is_file():
         raise UserError(f"{run} is not finished: continue with  python train.py --resume {run}")
     config = read_config(run)

@@ -341,7 +341,8 @@ def demonstrate(args):
         write_atomic(page, html_page(rows, args.run, most).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
-          "as are masked, all masked at once (high to mix choose by it); the unmasked text.")
+          "as are masked, all masked at once (high to mix choose by it); the unmasked text.\n"
+          "# says that a strategy masks the token; guesses stand where one does.")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 

@@ -88,7 +88,7 @@ def curves(runs):
         points = [(entry["tokens"], entry["val_loss"]) for entry in read_log(run)
                   if "val_loss" in entry]
         if len(points) < 2:
-            raise UserError(f"{run} has no two evaluations yet: there is no curve to draw")
+            raise UserError(f"{run} has no two evaluations yet, so no curve: train it further")
         arms.setdefault(re.sub(r"-\d+$", "", run.resolve().name), []).append(points)
         tokenizers.add(config["tokenizer_sha256"])
         unigram.add(round(config["unigram_entropy"], 2))
@@ -223,7 +223,7 @@ def main():
     else:
         picture = draw_curves(*curves(args.inputs))
     write_atomic(out, picture.encode())
-    print(out)
+    print(f"{out}: open it in a browser")
 
 
 if __name__ == "__main__":

@@ -56,14 +56,13 @@ def less_memory(run, blocks):
 
 def check_new(run):
     """UserError for a folder in which a new run would overwrite something."""
-    run = run.absolute()
     if (run / "config.json").exists():
         if not (run / "model.pt").exists():
             raise UserError(f"{run} is unfinished: continue it with  {resume_command(run)}")
-        name, _, seed = run.name.rpartition("-")
-        other = f"{name}-b-{seed}" if name and seed.isdigit() else f"{run.name}-b"
-        raise UserError(f"{run} is finished: give another --out, for example "
-                        f"{shlex.quote(str(run.with_name(other)))}")
+        name, _, seed = run.absolute().name.rpartition("-")
+        other = f"{name}-b-{seed}" if name and seed.isdigit() else f"{run.absolute().name}-b"
+        raise UserError(f"{run} is finished: to repeat it give another --seed, for another "
+                        f"experiment another --out, for example {shlex.quote(other)} beside it")
     if run.exists() and (not run.is_dir() or set(os.listdir(run)) - BEFORE_CONFIG):
         raise UserError(f"{run} is there and is no run folder: give another --out")
 

@@ -393,7 +393,7 @@ def show_scores(table):
 def show_differences(table):
     """What each arm has beyond the baseline: a line for each endpoint."""
     lines = [["arm", "endpoint", "pairs", "difference", "95 % interval", "joint error", "p (t)",
-              "p (sign flip)", "smallest", "gain", "FLOPs", "with teacher", "time"]]
+              "p (sign flip)", "smallest", "relative", "FLOPs", "with teacher", "time"]]
     base = next((row for row in table["rows"] if row["name"] == table["baseline"]), None)
     for row in table["rows"]:
         costs = [show(row[key] / base[key], "{:.2f}") if row.get(key) and base[key] else "-"

@@ -333,7 +333,7 @@ def test_run_folders_are_never_overwritten(folder, teacher, tmp_path, monkeypatc
     before = {p.name: p.read_bytes() for p in teacher.iterdir()}
     again = command(folder, "teacher")
     line = refused(again, monkeypatch, capsys)
-    assert "is finished" in line and f"for example {folder / 'teacher-b'}" in line
+    assert "is finished" in line and "for example teacher-b" in line
     assert before == {p.name: p.read_bytes() for p in teacher.iterdir()}
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.jpg").touch()
