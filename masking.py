@@ -76,7 +76,8 @@ def unmasked(model, tokens, places):
     return uncertainty(model, tokens, places)
 
 
-SCORE_INPUT = {"masked": masked, "unmasked": unmasked}  # and VocabularyMean, at the end
+# And VocabularyMean, at the end. `once` is train.py's: unmasked, asked before training.
+SCORE_INPUT = {"masked": masked, "unmasked": unmasked, "once": unmasked}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -78,7 +78,8 @@ FLAGS = {
         ("select", "mix", (*masking.SELECT, "rise"), "which entropies: highest, lowest, nearest "
          "the row's median, in proportion, half highest and half random; low first, high last"),
         ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "who is asked reads: the "
-         "text without the candidates; the text; nothing (a running mean per vocabulary item)"),
+         "text without the candidates; the text; the same, once before training (entropy); nothing "
+         "(a running mean per vocabulary item)"),
         ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),
@@ -173,6 +174,8 @@ def check_flags(args, given):
          "masked would hide whole rows: give --pool 2, or --score-input unmasked"),
         (args.masking == "entropy" and args.score_input == "vocabulary",
          "--score-input vocabulary is learned by the model in training: use --masking self"),
+        (args.masking == "self" and args.score_input == "once", "--score-input once is for a "
+         "--teacher (--masking entropy): a model in training changes"),
         ((args.masking == "entropy" or teaching) and not args.teacher, "--masking entropy and "
          "--distill need --teacher RUN, for example one of  python train.py --masking random"),
         (args.teacher and args.masking != "entropy" and not teaching,
@@ -252,6 +255,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     free: masking.VocabularyMean | None  # --score-input vocabulary: no forward, so free of cost
     kinds: dict  # of vocabulary items, for the log
+    answers: torch.Tensor | None  # (N, T) --score-input once: entropies of the training text
 
 
 def plan(args, step):
@@ -263,8 +267,9 @@ def plan(args, step):
             args.distill == "complete" or (args.distill == "after-init" and after_init))
 
 
-def where_to_mask(args, job, step, tokens, noise):
-    """tokens (B, T), noise (B, T, 5) -> positions (B, k) that this step's strategy masks."""
+def where_to_mask(args, job, step, tokens, noise, blocks=None):
+    """tokens (B, T), noise (B, T, 5) -> positions (B, k) that this step's strategy masks.
+    blocks (B,): their numbers in the training text, where they are from there."""
     k, asking, _ = plan(args, step)
     if not asking:
         return masking.choose_at_random(tokens, k, noise)
@@ -275,6 +280,8 @@ def where_to_mask(args, job, step, tokens, noise):
         select = masking.rise(0.25 + 0.5 * (step - first) / max(1, args.steps - first))
 
     def score(tokens, places):
+        if job.answers is not None and blocks is not None:
+            return job.answers[blocks].gather(1, places)
         ask = job.free or masking.SCORE_INPUT[args.score_input]
         return masking.MASKING[args.masking](ask, job.model, job.teacher, tokens, places)
 
@@ -297,7 +304,7 @@ def update(args, job, step):
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
         # 1. Where: k tokens of each row, as the strategy chooses. Self-masking asks the model here.
         x = tokens[rows]  # (b, T)
-        positions = where_to_mask(args, job, step, x, noise[rows])  # (b, k)
+        positions = where_to_mask(args, job, step, x, noise[rows], blocks[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.
         inputs = masking.corrupt(x, positions, noise[rows], job.model.shape.vocab_size)  # (b, T)
         labels = x.gather(1, positions).flatten()  # (b k,)
@@ -363,7 +370,7 @@ def count_flops(args, shape, teacher, steps):
     for step in steps:
         k, asking, teaching = plan(args, step)
         total += 3 * forward_flops(shape, args.seq_len, k)
-        if asking and args.score_input != "vocabulary":
+        if asking and args.score_input not in ("vocabulary", "once"):
             total += forward_flops(asked, args.seq_len, args.pool * k or args.seq_len - 2)
         if teaching:
             total += forward_flops(teacher.shape, args.seq_len, k)
@@ -374,7 +381,8 @@ def steps_for(flops, args, job):
     """How many steps spend these FLOPs. What a step costs depends on the share of the run that is
     over: the mean over a run of 1000 steps stands for any length."""
     if flops <= 0:
-        raise UserError("--flops-of leaves nothing beyond what the run of --init-from has spent")
+        raise UserError("--flops-of leaves nothing beyond what is spent before the first update "
+                        "(the run of --init-from, --score-input once)")
     short = Namespace(**{**vars(args), "steps": 1000})
     return max(1, round(1000 * flops / count_flops(
         short, job.model.shape, job.teacher, range(1000))))
@@ -448,12 +456,12 @@ def load_other(args, flag, text):
 
 
 def build(args, machine, text, valid):
-    """-> (the Job; the FLOPs spent before the first update, on the origin and on the teacher)"""
+    """-> (the Job; the FLOPs spent before the first update; those spent on the teacher)"""
     if len(text.train) < args.batch_size:
         raise UserError(f"the corpus is too small: {len(text.train)} blocks are less than a batch "
                         f"of {args.batch_size}: give more text, or a smaller --batch-size")
     teacher, teacher_flops = load_other(args, "teacher", text)
-    origin, origin_flops = load_other(args, "init_from", text)
+    origin, flops = load_other(args, "init_from", text)
     torch.manual_seed(args.seed)
     layers, width = args.layers or SIZES[args.size][0], args.width or SIZES[args.size][1]
     model = Bert(Shape(text.tokenizer.vocab_size, layers, width, args.seq_len, args.positions,
@@ -466,12 +474,28 @@ def build(args, machine, text, valid):
         forward = machine.compile(forward)
     if args.score_input == "vocabulary":
         free = masking.VocabularyMean(model.shape.vocab_size, machine.device)
+    teacher, answers = teacher and teacher.to(machine.device), None
+    if args.score_input == "once":
+        answers = ask_once(args, machine, teacher, text.train)
+        flops += len(text.train) * forward_flops(teacher.shape, args.seq_len, args.seq_len - 2)
     job = Job(
-        machine=machine, text=text, valid=valid, model=model, forward=forward,
-        teacher=teacher and teacher.to(machine.device),
+        machine=machine, text=text, valid=valid, model=model, forward=forward, teacher=teacher,
         optimizer=make_optimizer(model, args.lr, args.weight_decay), free=free,
-        kinds=token_kinds(text.tokenizer.pieces, text.counts))
-    return job, origin_flops, teacher_flops
+        kinds=token_kinds(text.tokenizer.pieces, text.counts), answers=answers)
+    return job, flops, teacher_flops
+
+
+def ask_once(args, machine, teacher, blocks):
+    """--score-input once -> the teacher's entropies of the training text (N, T), nats. Neither of
+    the two changes, so a text that is read in many epochs need not be asked about in each."""
+    H = torch.full((len(blocks), args.seq_len), math.nan, device=machine.device)
+    for first in progress(range(0, len(blocks), 64), desc="asking the teacher", unit=" batches",
+                          disable=RANK > 0):
+        tokens = corpus.with_ends(blocks[first:first + 64]).to(machine.device)
+        places = torch.arange(1, args.seq_len - 1, device=machine.device).expand(len(tokens), -1)
+        with machine.autocast():
+            H[first:first + 64, 1:-1] = masking.unmasked(teacher, tokens, places)
+    return H
 
 
 def train(args, job, run, state):
@@ -524,12 +548,13 @@ def main():
         loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), valid, machine)
         return print(f"{args.out}: held-out loss {loss:.4f} nats, accuracy {accuracy:.4f}")
 
-    job, origin_flops, teacher_flops = build(args, machine, text, valid)
+    job, flops, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:
-        args.steps = steps_for(read_config(args.flops_of)["flops"] - origin_flops, args, job)
-    flops = origin_flops + count_flops(args, job.model.shape, job.teacher, range(args.steps))
+        args.steps = steps_for(read_config(args.flops_of)["flops"] - flops, args, job)
+    state = State(flops=flops)
+    flops += count_flops(args, job.model.shape, job.teacher, range(args.steps))
     run = machine.in_turn(lambda: Run(args, job, earlier, flops, teacher_flops))
-    state = run.restore(job, State(flops=origin_flops))
+    state = run.restore(job, state)
     if earlier:
         print(f"{args.out}: going on after step {state.step}")
     try:

@@ -96,8 +96,33 @@ def test_flops_of_a_step_by_hand(tmp_path):
     assert flops(50) == 3 * forward(5) + forward(10)
     assert flops(50, pool=0, score_input="unmasked") == 3 * forward(5) + forward(32)
     assert flops(50, score_input="vocabulary") == 3 * forward(5)
+    once = {"masking": "entropy", "teacher": run, "score_input": "once"}
+    assert flops(50, **once) == 3 * forward(5)  # what was asked before training is not in it
     assert flops(0, distill="complete", teacher=run) == 4 * forward(5)
     assert flops(50, distill="after-init", teacher=run) == 4 * forward(5) + forward(10)
+
+
+def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path):
+    (tmp_path / "model.pt").touch()
+    torch.manual_seed(0)
+    teacher = Bert(Shape(600, 2, 64, 34)).eval()
+    blocks = np.random.default_rng(0).integers(5, 600, (150, 32)).astype(np.uint16)
+    machine = Namespace(device="cpu", autocast=nullcontext)
+    args = Namespace(**{**train.DEFAULTS, "masking": "entropy", "teacher": str(tmp_path),
+                        "seq_len": 34, "score_input": "once", "select": "high", "pool": 0})
+    train.check_flags(args, set())
+    answers = train.ask_once(args, machine, teacher, blocks)
+    tokens = corpora.with_ends(blocks)
+    with torch.no_grad():
+        log_p = teacher(tokens).double().log_softmax(-1)
+    exact = -(log_p.exp() * log_p).sum(-1)
+    torch.testing.assert_close(answers[:, 1:-1].double(), exact[:, 1:-1], rtol=0, atol=1e-4)
+    assert answers[:, [0, -1]].isnan().all()
+    job = Namespace(machine=machine, answers=answers, free=None, model=None, teacher=None)
+    some, noise = np.array([140, 3, 77]), M.draw(0, 0, 3, 34)
+    positions = train.where_to_mask(args, job, 0, tokens[some], noise, some)
+    wanted = exact[some, 1:-1].topk(5).indices.sort().values + 1
+    assert (positions == wanted).all()
 
 
 @pytest.mark.parametrize("scorer", ["random", "entropy", "self"])

@@ -53,12 +53,13 @@ ARMS = {
                     "--mask-rate-end", "0.15"],
     "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
                 "--select", "high", "--dropout", "0.1"],
+    "once": ["--masking", "entropy", "--score-input", "once", "--pool", "0", "--select", "high"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_killed_run_resumes_bit_for_bit(arm, folder, teacher, monkeypatch):
-    flags = ARMS[arm] + ["--teacher", teacher] * ("--distill" in ARMS[arm])
+    flags = ARMS[arm] + ["--teacher", teacher] * (arm in ("self", "entropy", "once"))
     flags += ["--init-from", teacher] * (arm == "entropy")
     whole, killed = folder / f"{arm}-whole", folder / f"{arm}-killed"
     call(command(folder, whole.name, *flags), monkeypatch)
