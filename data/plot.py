@@ -140,7 +140,7 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
                          f'stroke-dasharray="5 4" opacity="{opacity}"'))
     for i, (arm, runs) in enumerate(arms.items()):
         inside = 'clip-path="url(#inside)"'
-        if len(runs) > 1:
+        if len(runs) > 1 and len(arms) <= ARM_COLOURS // 2:  # more would be a tangle
             body += [line([at(*point) for point in run], css[arm], 1, 'opacity="0.35" ' + inside)
                      for run in runs]
         if i >= ARM_COLOURS:  # a colour that is there already
@@ -171,13 +171,17 @@ def differences(tables):
     return groups
 
 
-def draw_differences(groups, unit="points", form="+.1f"):
-    """[(title, [(arm, difference, low, high)])] -> the text of an SVG: a dot and a bar an arm."""
+def draw_differences(groups, unit="points", show="{:+.1f}".format):
+    """[(title, [(arm, difference, low, high, *of each pair)])] -> the text of an SVG: for each arm
+    a dot, a bar, and a small dot for each pair that is given."""
     rows = [row for _, rows in groups for row in rows]
     values = [0.0] + [value for row in rows for value in row[1:] if value is not None]
     margin = 0.05 * (max(values) - min(values)) + 1e-6
     low, high = min(values) - margin, max(values) + margin
-    left, right = 24 + LETTER * max(len(row[0]) for row in rows), WIDTH - 145
+    numbers = {row: show(row[1]) + (f" [{show(row[2])}, {show(row[3])}]" if row[2] is not None
+                                    else "") for row in rows}
+    left = 24 + LETTER * max(len(row[0]) for row in rows)
+    right = WIDTH - 20 - LETTER * max(map(len, numbers.values()))
     body, y = [], 24
 
     def at(x):
@@ -188,14 +192,15 @@ def draw_differences(groups, unit="points", form="+.1f"):
         for x in ticks(low, high):
             ends = [(at(x), y + 12), (at(x), y + 12 + 22 * len(rows))]
             body.append(line(ends, "grid" if x else "ink", 1 if x else 1.5))
-        for name, difference, first, last in rows:
+        for row in rows:
+            name, difference, first, last, *pairs = row
             y += 22
-            numbers = f"{difference:{form}}"
             if first is not None:
-                numbers += f" [{first:{form}}, {last:{form}}]"
                 body.append(line([(at(first), y), (at(last), y)], "arm0", 2.5))
-            body += [text(12, y, name), text(right + 10, y, numbers, "soft"),
-                     f'<circle cx="{at(difference):.1f}" cy="{y}" r="4.5" class="arm0"/>']
+            body += [text(12, y, name), text(right + 10, y, numbers[row], "soft")]
+            body += [f'<circle cx="{at(x):.1f}" cy="{y}" r="{radius}" class="{css}"/>'
+                     for x, radius, css in [(difference, 4.5, "arm0")] + [
+                         (x, 2, "ink") for x in pairs]]
         y += 2 * LINE
     body += [text(at(x), y - 8, f"{x:+g}" if x else "0", "soft", "middle")
              for x in ticks(low, high)]

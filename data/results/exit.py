@@ -87,6 +87,7 @@ def print_arms(arms):
         # No difference of the fixed contrasts is looked at before all their seeds are there.
         if arm not in CONTRASTS or len(pairs) == len(SEEDS):
             ratios[arm] = paired(pairs, logs["random"])
+            ratios[arm]["each"] = [pairs[s] - logs["random"][s] for s in ratios[arm]["seeds"]]
     corrected = holm({arm: ratios[arm]["p_t"] for arm in CONTRASTS if arm in ratios}) if all(
         arm in ratios for arm in CONTRASTS) else {}
     for arm in CONTRASTS:
@@ -105,7 +106,8 @@ def print_arms(arms):
         if ratio and ratio["low"] is not None:
             cells += [f"{math.exp(ratio['difference']):.2f} [{math.exp(ratio['low']):.2f}, "
                       f"{math.exp(ratio['high']):.2f}]",
-                      f"{corrected[arm]:.4f}" if arm in corrected else "-",
+                      "-" if arm not in corrected else
+                      f"{corrected[arm]:.4f}" if corrected[arm] >= 1e-4 else "< 0.0001",
                       f"{ratio['p_sign_flip']:.3f} ({ratio['p_smallest']:.3f})"]
         else:
             cells += ["-", "-", "-"]
@@ -131,10 +133,14 @@ def draw(arms, ratios):
                 shifted.setdefault(arm, []).append([(s - at, loss) for s, loss in run["loss"]])
     write_atomic(HERE / "exit-shifted.svg", draw_curves(
         shifted, {"exit": bound}, title, "training steps after the exit", 1).encode())
-    write_atomic(HERE / "exit-ratios.svg", draw_differences([(
-        "ln (exit time / exit time of random masking, same seed), 95 % intervals over seeds",
-        [(arm, r["difference"], r["low"], r["high"]) for arm, r in ratios.items() if r])],
-        "below 0 it leaves earlier, above 0 later", "+.2f").encode())
+    rows = [(arm, *(nats / math.log(2) for nats in (r["difference"], r["low"], r["high"],
+                                                    *r["each"])))
+            for arm, r in sorted(ratios.items(), key=lambda item: item[1]["difference"])
+            if r["low"] is not None]
+    write_atomic(HERE / "exit-ratios.svg", draw_differences(
+        [("exit time over that of random masking: mean, 95 % interval, every seed", rows)],
+        "halvings (-1, -2) and doublings (+1, +2) of the time on the plateau",
+        lambda doublings: f"{2**doublings:.2f}").encode())
 
 
 def main():

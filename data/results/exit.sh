@@ -52,10 +52,11 @@ arms)
             echo "random-$seed --masking random $S"
         } | all
         {
-            echo "high-$seed --masking entropy $T --select high $S"
-            echo "static-$seed --masking random --static $S"
-            echo "distill-$seed --masking random --distill complete $T $S"
-            if [ "$seed" -lt 3 ]; then
+            if [ "$seed" -ge 10 ]; then
+                echo "high-$seed --masking entropy $T --select high $S"
+                echo "static-$seed --masking random --static $S"
+                echo "distill-$seed --masking random --distill complete $T $S"
+            else
                 echo "low-$seed --masking entropy $T --select low $S"
                 echo "high-unmasked-$seed --masking entropy $T --select high --score-input unmasked --pool 0 $S"
                 echo "rise-$seed --masking entropy $T --select rise $S"
