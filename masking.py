@@ -338,19 +338,20 @@ class VocabularyMean:
 def main():
     parser = flag_parser("python masking.py RUN [SENTENCE] [FLAGS]", __doc__)
     parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
-    parser.add_argument("sentence", nargs="?", default=None, help="what to look at; without one: "
-                        "a table of what every rule masks in held-out text, in a minute or two")
+    parser.add_argument("sentence", nargs="*", help="what to look at, in quotes; without one: a "
+                        "table of what every rule masks in held-out text, in a minute or two")
     parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
     parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
     args = parser.parse_args()
-    if not args.run or args.blocks < 1 or (args.html and args.sentence is None):
-        raise UserError('give a run folder and a sentence:  python masking.py RUN "A sentence."  '
-                        "A run is made in minutes by  python train.py --masking self")
+    if not args.run or args.blocks < 1 or len(args.sentence) != 1 and (args.sentence or args.html):
+        raise UserError('give a run folder and a sentence in quotes:  python masking.py RUN "A '
+                        'sentence."  A run is made in minutes by  python train.py --masking self')
     from data import inspection  # it imports this file
     args.run = os.path.expanduser(args.run)
-    if args.sentence is not None:
+    if args.sentence:
+        args.sentence, = args.sentence
         inspection.demonstrate(args)
     else:
         inspection.show_doses(args.run, args.blocks)

@@ -50,7 +50,7 @@ glue.py RUN --batch-size 0; glue.py RUN --tabel -> unrecognized arguments: --tab
 glue.py RUN --glue-dir nowhere --tasks RTE -> RTE/train.tsv: No such file
 glue.py RUN --table -> nothing is scored yet
 masking.py -> python train.py --masking self; masking.py nowhere a -> not a run folder
-masking.py RUN a -> from 2 to 32; masking.py RUN a b -> unrecognized arguments
+masking.py RUN a -> from 2 to 32; masking.py RUN a b -> a sentence in quotes
 masking.py RUN abc --mask-rate 2; masking.py RUN abc --seed -1; masking.py RUN abc --seed x
 masking.py RUN abc --html / -> name another
 glue.py RUN --baseline self -> --baseline self: the arms are run
