@@ -6,7 +6,8 @@ scores. The k highest-scoring tokens of each row are masked:
     tokens (B, T) -> candidates (B, c) -> entropies H (B, T) -> scores (B, T) -> positions (B, k)
 
     --masking      who is asked             random: nobody; entropy: a teacher; self: the model
-    --score-input  what they read           masked: the text without the candidates; unmasked: all
+    --score-input  what they read           masked: the text without the candidates; unmasked: all;
+                                            vocabulary: nothing, a mean of earlier answers
     --select       how H becomes a score    high, low, mid, sample, mix; rise
 
 *Where* to mask (`choose`) and *what* to put there (`corrupt`) are two functions. Both are pure: the
@@ -76,7 +77,51 @@ def unmasked(model, tokens, places):
     return uncertainty(model, tokens, places)
 
 
-# And VocabularyMean, at the end. `once` is train.py's: unmasked, asked before training.
+class VocabularyMean:
+    """--score-input vocabulary, the default of self-masking: nobody reads anything. H is a running
+    mean over the vocabulary item's own predictions, and free of cost. Not from the paper.
+
+    Training computes logits at the masked positions anyway; `see` keeps their entropies where
+    [MASK] was shown, and `learn` takes them in after the update. An item that was not seen yet has
+    ln V, the entropy of a model that knows nothing, so that it is tried soon. The last ~WINDOW
+    values count: entropies fall as training goes on.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, vocab_size, device="cpu"):
+        self.mean = torch.full((vocab_size,), math.log(vocab_size), device=device)
+        self.seen = torch.zeros(vocab_size, device=device)
+        self.parts = []  # of this step: (N, 3) item, entropy, 1 where [MASK] was shown
+
+    def __call__(self, model, tokens, places):
+        return self.mean[tokens.gather(1, places)]
+
+    def see(self, labels, shown, logits):
+        """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""
+        H = torch.cat([entropy(part) for part in logits.detach().split(1024)])
+        self.parts.append(torch.stack([labels.float(), H, (shown == MASK).float()], 1))
+
+    def learn(self, machine):
+        """Take in what was seen since the last update, by all processes. All at once, so that a
+        micro-batch is only about memory."""
+        items, H, weight = torch.cat([machine.gather_rows(p) for p in self.parts]).unbind(1)
+        items, self.parts = items.long(), []
+        n = torch.zeros_like(self.mean).index_add_(0, items, weight)
+        total = torch.zeros_like(self.mean).index_add_(0, items, weight * H)
+        self.seen += n
+        # The mean of all values while they are few, then one that forgets.
+        rate = (n / self.seen.clamp(1, self.WINDOW)).clamp_max(1)
+        self.mean += rate * (total / n.clamp_min(1) - self.mean)
+
+    def state(self):
+        return torch.stack([self.mean, self.seen])
+
+    def load_state(self, state):
+        self.mean, self.seen = state.to(self.mean.device)
+
+
+# And VocabularyMean. `once` is unmasked, too, but asked before training: train.ask_once.
 SCORE_INPUT = {"masked": masked, "unmasked": unmasked, "once": unmasked}
 
 
@@ -283,53 +328,6 @@ def evaluate(model, tokens, machine):
         loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
         right += (logits.argmax(-1) == y.flatten()).sum().item()
     return loss / labels.numel(), right / labels.numel()
-
-
-# --------------------------------------------------------------------------------------------------
-# beyond the paper: scores that cost nothing
-
-
-class VocabularyMean:
-    """--score-input vocabulary: a running mean of H for every vocabulary item, without a forward.
-
-    Training computes logits at the masked positions anyway; `see` keeps their entropies where
-    [MASK] was shown, and `learn` takes them in after the update. An item that was not seen yet has
-    ln V, the entropy of a model that knows nothing, so that it is tried soon. The last ~WINDOW
-    values count: entropies fall as training goes on.
-    """
-
-    WINDOW = 64
-
-    def __init__(self, vocab_size, device="cpu"):
-        self.mean = torch.full((vocab_size,), math.log(vocab_size), device=device)
-        self.seen = torch.zeros(vocab_size, device=device)
-        self.parts = []  # of this step: (N, 3) item, entropy, 1 where [MASK] was shown
-
-    def __call__(self, model, tokens, places):
-        return self.mean[tokens.gather(1, places)]
-
-    def see(self, labels, shown, logits):
-        """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""
-        H = torch.cat([entropy(part) for part in logits.detach().split(1024)])
-        self.parts.append(torch.stack([labels.float(), H, (shown == MASK).float()], 1))
-
-    def learn(self, machine):
-        """Take in what was seen since the last update, by all processes. All at once, so that a
-        micro-batch is only about memory."""
-        items, H, weight = torch.cat([machine.gather_rows(p) for p in self.parts]).unbind(1)
-        items, self.parts = items.long(), []
-        n = torch.zeros_like(self.mean).index_add_(0, items, weight)
-        total = torch.zeros_like(self.mean).index_add_(0, items, weight * H)
-        self.seen += n
-        # The mean of all values while they are few, then one that forgets.
-        rate = (n / self.seen.clamp(1, self.WINDOW)).clamp_max(1)
-        self.mean += rate * (total / n.clamp_min(1) - self.mean)
-
-    def state(self):
-        return torch.stack([self.mean, self.seen])
-
-    def load_state(self, state):
-        self.mean, self.seen = state.to(self.mean.device)
 
 
 # --------------------------------------------------------------------------------------------------

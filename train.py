@@ -77,9 +77,9 @@ FLAGS = {
          "(--distill): the paper's external reference model"),
         ("select", "mix", (*masking.SELECT, "rise"), "which entropies: highest, lowest, nearest "
          "the row's median, in proportion, half highest and half random; low first, high last"),
-        ("score-input", "masked", (*masking.SCORE_INPUT, "vocabulary"), "who is asked reads: the "
-         "text without the candidates; the text; the same, once before training (entropy); nothing "
-         "(a running mean per vocabulary item)"),
+        ("score-input", None, (*masking.SCORE_INPUT, "vocabulary"), "who is asked reads: the text "
+         "without the candidates; the text; the same, once before training (entropy); nothing, a "
+         "running mean per vocabulary item is looked up (default of self; of entropy: masked)"),
         ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),
@@ -149,6 +149,8 @@ def check_flags(args, given):
     new, given = given is not None, given or set()
     if args.init_frac is None:
         args.init_frac = 0.15 if args.masking == "self" else 0.0
+    if args.score_input is None:  # why: data/results/dose.md
+        args.score_input = "vocabulary" if args.masking == "self" else "masked"
     if args.lr is None:  # measured on tiny, wide and mini: data/results/LOG.md
         args.lr = 3e-3 if (args.width or SIZES[args.size][1]) < 256 else 1e-3
     if args.mask_rate_end is None:

@@ -1,6 +1,6 @@
 """Flags as a table, {group: [(name, default, allowed, help)]}, which train.py and glue.py have.
 
-    default   True or False makes --name and --no-name; None: a number that follows from others
+    default   True or False makes --name and --no-name; None: it follows from others
     allowed   a tuple of choices; a range, in the words of RANGES; "path", whose ~ is expanded; or
               None for any text
 """

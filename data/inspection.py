@@ -27,7 +27,7 @@ from data.runs import load_text, read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from masking import (
     MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, choose_at_random, draw, entropy,
-    mask_count, uncertainty,
+    mask_count, rise, uncertainty,
 )
 from model import forward_flops, load
 
@@ -155,14 +155,15 @@ def neighbour(positions):
 STRATEGIES = {  # name -> (--masking, what the model reads, --select, --pool)
     "random": ("random", None, "high", 0),
     **{select: ("self", SCORE_INPUT["masked"], select, 2) for select in SELECT},
-    "unmasked": ("self", SCORE_INPUT["unmasked"], "high", 0),  # a literal guess from the abstract
+    # Our literal guess from the paper's abstract:
+    "high-unmasked": ("self", SCORE_INPUT["unmasked"], "high", 0),
 }
 DOSE_RULES = {  # what can be chosen in training, for the table of doses
     "random": STRATEGIES["random"],
     **{f"{select}, masked, pool 2": STRATEGIES[select] for select in SELECT},
     **{f"high, unmasked, pool {pool}": ("self", SCORE_INPUT["unmasked"], "high", pool)
        for pool in (2, 3, 4)},
-    "high, unmasked, all": STRATEGIES["unmasked"],
+    "high, unmasked, all": STRATEGIES["high-unmasked"],
 }
 
 
@@ -207,7 +208,7 @@ def report_doses(model, tokens, strategies):
             scored = forward_flops(model.shape, T, candidates or T - 2)
             if rule == "exact":
                 scored = (T - 2) * forward_flops(model.shape, T, 1)
-            elif strategy[0] == "random":
+            elif strategy[0] == "random" or isinstance(strategy[1], VocabularyMean):
                 scored = 0
             if deviations is not None:
                 report["dose"][i] = deviations.gather(1, positions).mean().item()
@@ -235,11 +236,25 @@ def show_doses(run, blocks):
     config = read_config(run)
     flags = Namespace(**{**config["flags"], "out": str(run), "device": "cpu", "threads": 0})
     text = load_text(flags, config, Machine(flags))
-    tokens = with_ends(text.valid[:blocks])
+    tokens, free, rules = with_ends(text.valid[:blocks]), means_of(run, model), DOSE_RULES
+    if free:
+        rules = {**rules, **{f"{select}, vocabulary, pool 2": ("self", free, select, 2)
+                             for select in ("high", "mix")}}
     print(f"{run}: dose (deviations above the row's mean of exact entropies; - on the plateau), "
           f"right neighbours, rank correlation with exact entropies, FLOPs over random masking; "
           f"{len(tokens)} held-out blocks")
-    print_doses(report_doses(model, tokens, DOSE_RULES))
+    print_doses(report_doses(model, tokens, rules))
+
+
+def means_of(run, model):
+    """The VocabularyMean that a finished run has learned; None for a run without one, or one whose
+    last checkpoint was deleted."""
+    checkpoint = Path(run) / "checkpoint.pt"
+    if read_config(run)["flags"].get("score_input") != "vocabulary" or not checkpoint.exists():
+        return None
+    free = VocabularyMean(model.shape.vocab_size)
+    free.load_state(load_tensors(checkpoint)["free"])
+    return free
 
 
 # --------------------------------------------------------------------------------------------------
@@ -247,9 +262,10 @@ def show_doses(run, blocks):
 
 
 def explain(model, tokenizer, text, strategies, rate, seed):
-    """Look at one sentence -> a dict per token: piece; its entropies `alone` (exact), `pool` (as
-    high to mix read it; None outside the pool) and `unmasked`; guesses [(piece, probability)];
-    masked {strategy: bool}. UserError for a sentence that does not fit the model."""
+    """Look at one sentence -> a dict per token: piece; its entropies H {"alone": exact, "pool": as
+    high to mix read it, "unmasked", for a strategy `self` also "mean": of its vocabulary item},
+    None outside the pool; guesses [(piece, probability)]; masked {strategy: bool}. UserError for a
+    sentence that does not fit the model."""
     ids = tokenizer.encode(text)
     if not 2 <= len(ids) <= model.shape.seq_len - 2:
         raise UserError(f"the sentence is {len(ids)} token(s) long: this model reads from 2 to "
@@ -259,22 +275,23 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     noise = draw(seed, 0, *tokens.shape)
     looks = {name: watch(strategy, model, tokens, k, noise)
              for name, strategy in strategies.items()}
-    pool, unmasked = (looks[name][1][0].tolist() for name in ("high", "unmasked"))
+    read = {name: looks[of][1][0].tolist() for name, of in (
+        ("pool", "high"), ("unmasked", "high-unmasked"), ("mean", "self")) if of in looks}
     logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
     top = logits.float().softmax(-1).topk(5)
     rows = []
     for i, (token, H, indices, p) in enumerate(zip(
             ids, entropy(logits).tolist(), top.indices.tolist(), top.values.tolist()), 1):
         guesses = [tokenizer.pieces[v].replace("▁", " ").strip() or "_" for v in indices]
-        rows.append({"piece": tokenizer.pieces[token], "guesses": list(zip(guesses, p)), "alone": H,
-                     "pool": None if np.isnan(pool[i]) else pool[i], "unmasked": unmasked[i],
+        rows.append({"piece": tokenizer.pieces[token], "guesses": list(zip(guesses, p)),
+                     "H": {"alone": H, **{name: None if np.isnan(values[i]) else values[i]
+                                          for name, values in read.items()}},
                      "masked": {name: i in chosen for name, (chosen, _) in looks.items()}})
     return rows
 
 
 def numbers(row):
-    return ["" if row[name] is None else f"{row[name]:.1f}"
-            for name in ("alone", "pool", "unmasked")]
+    return ["" if H is None else f"{H:.1f}" for H in row["H"].values()]
 
 
 def print_rows(rows, most, colour):
@@ -288,17 +305,19 @@ def print_rows(rows, most, colour):
 
     line = ""
     for row in rows:
-        text = heat(row["piece"].replace("▁", ""), row["alone"])
+        text = heat(row["piece"].replace("▁", ""), row["H"]["alone"])
         line += " " * row["piece"].startswith("▁")
-        line += text if colour else f"{text}[{row['alone']:.1f}]"
-    names = list(rows[0]["masked"])
-    print(f"\n{line.lstrip()}\n\n{'token':16} alone  pool  unmasked  {' '.join(names)}  ",
+        line += text if colour else f"{text}[{row['H']['alone']:.1f}]"
+    names, entropies = list(rows[0]["masked"]), list(rows[0]["H"])
+    print(f"\n{line.lstrip()}\n\n{'token':16} {'  '.join(entropies)}  {' '.join(names)}  ",
           "best guesses")
     for row in rows:
         marks = " ".join(("#" if row["masked"][name] else ".").center(len(name)) for name in names)
         guesses = ", ".join(f"{guess} {p:.0%}" for guess, p in row["guesses"])
-        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["alone"])
-              + "{:>6}{:>6}{:>10} ".format(*numbers(row)), marks, "",
+        values = "".join(f"{number:>{len(name) + 2}}"
+                         for name, number in zip(entropies, numbers(row)))
+        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["H"]["alone"])
+              + values[1:] + " ", marks, "",
               guesses * any(row["masked"].values()))
 
 
@@ -306,8 +325,9 @@ def html_page(rows, title, most):
     """The same as one self-contained page, made from data/inspection.html."""
     sentence = body = ""
     for row in rows:
-        tip = f"{row['alone']:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
-        span = (f'<span class="t" style="--h:{row["alone"] / most:.3f}" title="{escape(tip)}">'
+        H = row["H"]["alone"]
+        tip = f"{H:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
+        span = (f'<span class="t" style="--h:{H / most:.3f}" title="{escape(tip)}">'
                 f'{escape(row["piece"].replace("▁", ""))}</span>')
         if row["piece"].startswith("▁"):
             span = f" {span}"
@@ -321,7 +341,8 @@ def html_page(rows, title, most):
     return template.substitute(
         title=escape(title), k=sum(row["masked"]["random"] for row in rows), n=len(rows),
         most=f"{most:.0f}", body=body, sentence=sentence,
-        head="".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
+        head="".join(f'<th class="n">{name}</th>' for name in rows[0]["H"])
+        + "".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
 
 
 def demonstrate(args):
@@ -332,7 +353,7 @@ def demonstrate(args):
     model, tokenizer = load(args.run)
     strategies = strategies_of(args.run, model)
     rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
-    most = max(1.0, np.ceil(max(row["alone"] for row in rows)))
+    most = max(1.0, np.ceil(max(row["H"]["alone"] for row in rows)))
     if args.html:
         page = Path(args.html).expanduser()
         if page.exists() and not (
@@ -341,15 +362,17 @@ def demonstrate(args):
         write_atomic(page, html_page(rows, args.run, most).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
-          "as are masked, all masked at once (high to mix choose by it); the unmasked text.\n"
+          "as are masked, all masked at once (high to mix choose by it); the unmasked text"
+          + "; the mean\nof the vocabulary item in training (self, this run's own rule, chooses "
+          "by it)" * ("self" in strategies) + ".\n"
           "# says that a strategy masks the token; guesses stand where one does.")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
 def strategies_of(run, model):
-    """STRATEGIES, and `vocabulary` for a run that has kept means for every vocabulary item."""
-    if read_config(run)["flags"].get("score_input") != "vocabulary":
+    """STRATEGIES; and `self`, its own rule, for a run that chose by means of vocabulary items."""
+    free, flags = means_of(run, model), read_config(run)["flags"]
+    if not free:
         return STRATEGIES
-    free = VocabularyMean(model.shape.vocab_size)
-    free.load_state(load_tensors(Path(run) / "checkpoint.pt")["free"])
-    return {**STRATEGIES, "vocabulary": ("self", free, "high", 2)}
+    select = rise(0.75) if flags["select"] == "rise" else flags["select"]  # as at its end
+    return {**STRATEGIES, "self": ("self", free, select, min(2, flags["pool"]))}

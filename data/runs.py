@@ -83,7 +83,7 @@ def open_earlier(run, finished, typed, defaults, may_change):
     config = read_config(run)
     flags = config["flags"]
     if flags.keys() != defaults.keys() or not all(
-            isinstance(flags[name], (int, float) if value is None else type(value))
+            isinstance(flags[name], (int, float, str) if value is None else type(value))
             for name, value in defaults.items()):
         raise UserError(f"{run / 'config.json'} is of another version of train.py")
     for name in sorted(typed.keys() - may_change - {"out"}):

@@ -425,8 +425,8 @@ def show_verdict(table):
     return (f"Does pretraining pay? {'Yes' if verdict['pays'] else 'NO'}: {table['baseline']} has "
             f"{gain['difference']:+.2f} points against random weights on the primary endpoint, "
             f"which is {in_errors(gain):+.1f} joint errors (rows {gain['row_error']:.2f}, seeds "
-            f"{gain['seed_error']:.2f}, joint {gain['joint_error']:.2f}). It takes {PAYS['points']} "
-            f"points and {PAYS['errors']} errors, and no task below -2: {tasks}.")
+            f"{gain['seed_error']:.2f}, joint {gain['joint_error']:.2f}). It takes "
+            f"{PAYS['points']} points, {PAYS['errors']} errors and no task below -2: {tasks}.")
 
 
 def show_tables(tables):

@@ -78,8 +78,8 @@ def fine(result):
 
 ARMS = {
     "random": ["--masking", "random"],
-    "self": ["--masking", "self", "--init-frac", "0.3"],
-    "vocabulary": ["--masking", "self", "--init-frac", "0.2", "--score-input", "vocabulary"],
+    "self": ["--masking", "self", "--init-frac", "0.3", "--score-input", "masked"],
+    "vocabulary": ["--masking", "self", "--init-frac", "0.2"],
     "entropy": ["--masking", "entropy", "--distill", "complete", "--teacher"],
 }
 # begin(out) -> what to do, again(out) -> how to go on: both write in the folder `out` alone.

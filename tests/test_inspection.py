@@ -171,41 +171,43 @@ def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, c
     rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.2, 0)
     k = round(0.2 * len(rows))
     assert "\033" not in out  # not a terminal: no colour
-    assert list(STRATEGIES) == ["random", "high", "low", "mid", "sample", "mix", "unmasked"]
+    assert list(STRATEGIES) == ["random", "high", "low", "mid", "sample", "mix",
+                                "high-unmasked"]
     for name in STRATEGIES:
         assert sum(row["masked"][name] for row in rows) == k
-    pool = {i for i, row in enumerate(rows) if row["pool"] is not None}
+    pool = {i for i, row in enumerate(rows) if row["H"]["pool"] is not None}
     assert len(pool) == 2 * k
-    for where, name, among in ("pool", "high", pool), ("unmasked", "unmasked", range(len(rows))):
-        best = sorted(among, key=lambda i: -rows[i][where])[:k]
+    for where, name, among in (("pool", "high", pool),
+                               ("unmasked", "high-unmasked", range(len(rows)))):
+        best = sorted(among, key=lambda i: -rows[i]["H"][where])[:k]
         assert {i for i, row in enumerate(rows) if row["masked"][name]} == set(best)
     tokens = torch.tensor([[CLS, *tokenizer.encode(SENTENCE), SEP]])
     exact = exact_entropy(model, tokens)[0, 1:-1].tolist()
-    assert [row["alone"] for row in rows] == pytest.approx(exact, abs=1e-4)
+    assert [row["H"]["alone"] for row in rows] == pytest.approx(exact, abs=1e-4)
     table = out.split("best guesses")[1].rstrip().splitlines()[1:]
     assert len(table) == len(rows)
     for row in rows:
         guesses = row["guesses"]
-        assert f"[{row['alone']:.1f}]" in out and len(guesses) == 5
+        assert f"[{row['H']['alone']:.1f}]" in out and len(guesses) == 5
         assert sum(p for _, p in guesses) <= 1.0001
         assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
 
 
 def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, capsys, tmp_path):
     model, tokenizer = load(run)
-    save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary")
+    save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary",
+             select="high", pool=0)
     ids = tokenizer.encode("the model reads every token")
     free = M.VocabularyMean(600)
     free.mean[:] = 0
     free.mean[ids[3]] = 5.0
     save_tensors(tmp_path / "checkpoint.pt", {"free": free.state()})
     call(["masking.py", tmp_path, "the model reads every token"], monkeypatch)
-    assert re.search(r"alone .* unmasked vocabulary ", capsys.readouterr().out)
+    assert re.search(r"alone .* unmasked  mean .* high-unmasked self ", capsys.readouterr().out)
     strategies = strategies_of(tmp_path, model)
-    assert strategies["vocabulary"][1].mean[ids[3]] == 5
-    strategies["vocabulary"] = (*strategies["vocabulary"][:3], 0)  # all tokens are candidates
+    assert strategies["self"][1].mean[ids[3]] == 5
     rows = explain(model, tokenizer, "the model reads every token", strategies, 0.1, 0)
-    assert [row["masked"]["vocabulary"] for row in rows] == [i == 3 for i in range(len(rows))]
+    assert [row["masked"]["self"] for row in rows] == [i == 3 for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("no_color, colours", [("", True), ("1", False)])

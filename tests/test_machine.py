@@ -49,8 +49,8 @@ def flags(folder, out, *more):
 
 def test_two_processes_follow_one(folder, monkeypatch):
     """Scores of the model and of the vocabulary; random masking is the next test's."""
-    own = ("--masking", "self", "--init-frac", "0", "--select", "high")
-    free = ("--masking", "self", "--score-input", "vocabulary")
+    own = ("--masking", "self", "--score-input", "masked", "--init-frac", "0", "--select", "high")
+    free = ("--masking", "self")
     jobs = [on_two(flags(folder, "self-2", *own)), on_two(flags(folder, "vocabulary-2", *free))]
     call(flags(folder, "self-1", *own), monkeypatch)
     call(flags(folder, "vocabulary-1", *free, "--micro-batch", "4"), monkeypatch)

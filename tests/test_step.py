@@ -93,13 +93,14 @@ def test_flops_of_a_step_by_hand(tmp_path):
             + k * (2 * 64**2 + 2 * 64 * 600)
 
     assert flops(0) == 3 * forward(5)
-    assert flops(50) == 3 * forward(5) + forward(10)
+    assert flops(50, score_input="masked") == 3 * forward(5) + forward(10)
     assert flops(50, pool=0, score_input="unmasked") == 3 * forward(5) + forward(32)
-    assert flops(50, score_input="vocabulary") == 3 * forward(5)
+    assert flops(50) == 3 * forward(5)  # the means of vocabulary items cost nothing
     once = {"masking": "entropy", "teacher": run, "score_input": "once"}
     assert flops(50, **once) == 3 * forward(5)  # what was asked before training is not in it
     assert flops(0, distill="complete", teacher=run) == 4 * forward(5)
-    assert flops(50, distill="after-init", teacher=run) == 4 * forward(5) + forward(10)
+    assert flops(50, distill="after-init", teacher=run, score_input="masked") == (
+        4 * forward(5) + forward(10))
 
 
 def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path):
@@ -136,13 +137,14 @@ def test_an_update_by_hand(scorer, tmp_path_factory, monkeypatch):
     if not teacher.exists():  # long enough that its entropies are no near ties
         call(command(folder, teacher.name, "--masking", "random", "--steps", "150", "--lr", "5e-3",
                      "--dropout", "0"), monkeypatch)
-    flags = ["--masking", scorer, "--select", "high", "--init-frac", "0", "--dropout", "0",
+    flags = ["--masking", scorer, "--score-input", "masked", "--select", "high", "--init-frac", "0",
+             "--dropout", "0",
              "--mask-rate", "0.3", "--distill", "complete", "--teacher", str(teacher),
              "--alpha", "0.3", "--tau", "3", "--clip", "0.05", "--weight-decay", "0.1",
              "--lr", "1e-3", "--warmup-frac", "0", "--decay-frac", "0", "--seed", "4"]
     if scorer == "random":
         flags = [f for pair in zip(flags[::2], flags[1::2]) for f in pair
-                 if pair[0] not in ("--select", "--init-frac")]
+                 if pair[0] not in ("--score-input", "--select", "--init-frac")]
     call(command(folder, f"hand-{scorer}", *flags, "--steps", "2", "--log-every", "1"), monkeypatch)
     text = corpora.load(corpora.prepare(str(folder / "text.txt"), 600, folder / "cache"), 34)
     teaching, _ = load(teacher)
@@ -195,7 +197,7 @@ def test_the_first_losses_of_a_seed_stay(masking, losses, tmp_path, monkeypatch)
     must not change. To rounding: processors differ in that."""
     write_corpus(tmp_path / "text.txt", documents=300)
     flags = ["--masking", masking, "--steps", "4", "--log-every", "1", "--lr", "3e-3"]
-    flags += ["--init-frac", "0"] * (masking == "self")
+    flags += ["--init-frac", "0", "--score-input", "masked"] * (masking == "self")
     call(command(tmp_path, "run", *flags), monkeypatch)
     found = [line["train_loss"] for line in read_log(tmp_path / "run")[1:]]
     assert found == pytest.approx(losses, abs=2e-3)

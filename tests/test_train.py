@@ -45,12 +45,13 @@ def teacher(folder):
 # ---- resuming
 
 ARMS = {
-    "self": ["--init-frac", "0.3", "--micro-batch", "4", "--distill", "complete"],
-    "vocabulary": ["--score-input", "vocabulary", "--select", "sample", "--init-frac", "0.2"],
+    "self": ["--score-input", "masked", "--init-frac", "0.3", "--micro-batch", "4", "--distill",
+             "complete"],
+    "vocabulary": ["--select", "sample", "--init-frac", "0.2"],
     "unmasked": ["--score-input", "unmasked", "--pool", "0", "--select", "mid", "--dtype",
                  "bfloat16"],
-    "static-rise": ["--static", "--select", "rise", "--init-frac", "0.2", "--mask-rate", "0.3",
-                    "--mask-rate-end", "0.15"],
+    "static-rise": ["--static", "--score-input", "masked", "--select", "rise", "--init-frac", "0.2",
+                    "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
     "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
                 "--select", "high", "--dropout", "0.1"],
     "once": ["--masking", "entropy", "--score-input", "once", "--pool", "0", "--select", "high"],
@@ -199,7 +200,8 @@ def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
     share = {}
     for masking, select in (("random", "high"), ("self", "high"), ("self", "low")):
         args = Namespace(**{**train.DEFAULTS, "masking": masking, "select": select, "seq_len": 34,
-                            "init_frac": 0.0, "mask_rate": 0.15, "mask_rate_end": 0.15})
+                            "score_input": "masked", "init_frac": 0.0, "mask_rate": 0.15,
+                            "mask_rate_end": 0.15})
         noise = train.masking.draw(0, 0, *tokens.shape)
         job = Namespace(free=None, model=model, teacher=None, machine=train.Machine(
             Namespace(device="cpu", dtype="float32", threads=1)))
@@ -224,7 +226,8 @@ def test_the_model_itself_as_teacher_is_self_masking(folder, teacher, monkeypatc
     """Where teacher and student are one, both strategies mask the same tokens."""
     logs = []
     for masking in ("entropy", "self"):
-        out, flags = f"same-{masking}", ["--masking", masking, "--select", "high", "--seed", "7"]
+        out, flags = f"same-{masking}", ["--masking", masking, "--select", "high", "--seed", "7",
+                                         "--score-input", "masked"]
         flags += ["--teacher", teacher] if masking == "entropy" else ["--init-frac", "0"]
         call(command(folder, out, *flags, "--init-from", teacher, "--steps", "1", "--log-every",
                      "1"), monkeypatch)
@@ -310,7 +313,7 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     {}, {"masking": "random"}, {"score_input": "unmasked", "pool": 0},
-    {"score_input": "vocabulary"}, {"init_from": "x"},
+    {"score_input": "masked"}, {"init_from": "x"},
     {"masking": "entropy", "teacher": "x", "distill": "complete", "alpha": 1.0},
     {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
     {"micro_batch": 4}, {"positions": "learned"}, {"mask_rate": 0.3, "mask_rate_end": 0.15},
