@@ -1,8 +1,8 @@
 """How fast are a training step and a fine-tuning step, next to the machine's peak and to others?
 
-    python -m tests.bench                            # some ten minutes on two cores, no data needed
+    python -m tests.bench                       # some ten minutes on two cores, no data needed
     python -m tests.bench --size tiny --vocab-size 30522
-    python -m tests.bench --device cuda --dtype bfloat16 --batch-size 256
+    python -m tests.bench --size small --vocab-size 30522 --batch-size 256 --compile     # on a GPU
 
 Prints one table. A training row calls train.update, a fine-tuning row glue.fine_tune, as the
 scripts do, on random tokens with frequencies as in a language. Each case is a process of its own,
@@ -17,10 +17,13 @@ real tokens count, not those of padding.
 Where Hugging Face transformers is installed its BERT of the same shape takes the same steps, in the
 same way: the memory setting of data/machine.py, SDPA, autocast, fused AdamW, clipping, no dropout,
 80/10/10 masking as its collator does it, and logits for every token ("as it is") or for the masked
-ones alone ("gathered").
+ones alone ("gathered"). It reads one batch, which is on the device already; ours makes a new one.
+--compile is for both: of ours the training forward, as in train.py; of theirs the model with its
+loss, or, gathered, all but the head, whose rows vary in number.
 """
 
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -38,10 +41,11 @@ import torch.nn.functional as F
 
 import glue
 import train
+from data import corpus
 from data.files import UserError, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
-from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from data.tokenizer import MASK, N_SPECIAL
 from model import SIZES, Bert, Shape
 from train import make_optimizer
 
@@ -55,6 +59,7 @@ FLAGS = {"Bench": [
     ("rows", 640, "above 0", "rows of a fine-tuning epoch"),
     ("rounds", 3, "above 0", "how often every case runs"),
     ("only", "", None, "cases whose name has this in it"),
+    ("compile", False, None, "torch.compile, on both sides"),
 ], "Machine": MACHINE_FLAGS}
 ARMS = {  # what differs from the random arm
     "random": {},
@@ -92,60 +97,83 @@ def rows_like(task, count, vocab_size, longest=128):
 # cases: (args, machine, ...) -> step(), the tokens that it reads, the FLOPs that it takes
 
 
-def training(args, machine, arm):
-    """train.update, of one arm."""
-    T, V = args.seq_len, args.vocab_size
-    blocks = zipf_tokens(64 * args.batch_size * (T - 2), V).reshape(-1, T - 2)
+def random_job(words, machine, **changes):
+    """What train.py makes of these flags, on random tokens -> (flags, Job)."""
+    flags, _ = train.parse_args([*words, "--out", "never-made"])
+    vars(flags).update(changes)
+    T, V = flags.seq_len, flags.vocab_size
     text = SimpleNamespace(
-        train=blocks, counts=np.ones(V, dtype=np.int64),
+        train=zipf_tokens(64 * flags.batch_size * (T - 2), V).reshape(-1, T - 2),
+        counts=np.ones(V, dtype=np.int64),
         tokenizer=SimpleNamespace(vocab_size=V, pieces=["▁a"] * V))
-    flags, _ = train.parse_args(["--masking", "random", "--size", args.size, "--seq-len", str(T),
-                                 "--batch-size", str(args.batch_size), "--out", "never-made"])
-    vars(flags).update(ARMS[arm])
     job, *_ = train.build(flags, machine, text, torch.zeros(1, T, dtype=torch.long))
     if flags.masking == "entropy" or flags.distill != "off":
         job.teacher = Bert(job.model.shape).to(machine.device).eval().requires_grad_(False)
-    steps = iter(range(10**9))
-    return (lambda: train.update(flags, job, next(steps)), args.batch_size * T,
+    return flags, job
+
+
+def training(args, machine, arm):
+    """train.update, of one arm."""
+    words = [word for name in ("size", "vocab_size", "seq_len", "batch_size")
+             for word in (f"--{name.replace('_', '-')}", str(getattr(args, name)))]
+    words += ["--masking", "random", *["--compile"] * args.compile]
+    flags, job = random_job(words, machine, **ARMS[arm])
+    steps = itertools.count()
+    return (lambda: train.update(flags, job, next(steps)), args.batch_size * args.seq_len,
             train.count_flops(flags, job.model.shape, job.teacher, [0]))
 
 
-def transformers_training(args, machine, gathered):
-    """BertForMaskedLM, masked as DataCollatorForLanguageModeling does it: a coin for each token."""
+def their_model(size, seq_len, vocab_size):
+    """transformers' BERT of this size, in training, without dropout."""
     import transformers
 
+    layers, width = SIZES[size]
+    return transformers.BertForMaskedLM(transformers.BertConfig(
+        vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, intermediate_size=4 * width, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, max_position_embeddings=seq_len,
+        attn_implementation="sdpa")).train()
+
+
+def their_loss(model, tokens, gathered):
+    """The loss of tokens (B, T), masked as DataCollatorForLanguageModeling does it: a coin each."""
+    coins = torch.rand(4, *tokens.shape, device=tokens.device)
+    masked = (coins[0] < 0.15) & (tokens >= N_SPECIAL)
+    labels = tokens.masked_fill(~masked, -100)
+    inputs = tokens.masked_fill(masked & (coins[1] < 0.8), MASK)
+    another = masked & (coins[1] >= 0.8) & (coins[2] < 0.5)
+    inputs = torch.where(another, (coins[3] * model.config.vocab_size).long(), inputs)
+    if not gathered:
+        return model(inputs, labels=labels).loss
+    hidden = model.bert(inputs).last_hidden_state[masked]
+    return F.cross_entropy(model.cls(hidden), labels[masked])
+
+
+def their_update(model, optimizer, machine, tokens, gathered):
+    """A step of theirs, as train.update does it -> the loss."""
+    with machine.autocast():
+        loss = their_loss(model, tokens, gathered)
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return loss.detach()
+
+
+def transformers_training(args, machine, gathered):
+    """A step of transformers' BertForMaskedLM."""
     (layers, width), T, V = SIZES[args.size], args.seq_len, args.vocab_size
-    model = transformers.BertForMaskedLM(transformers.BertConfig(
-        vocab_size=V, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width // 64,
-        intermediate_size=4 * width, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        max_position_embeddings=T, attn_implementation="sdpa")).train().to(machine.device)
+    model = their_model(args.size, T, V).to(machine.device)
     optimizer = make_optimizer(model, 1e-3, 0.01)
-    tokens = zipf_tokens(args.batch_size * T, V).reshape(-1, T).astype(np.int64)
-    tokens[:, 0], tokens[:, -1] = CLS, SEP
-    tokens = torch.from_numpy(tokens).to(machine.device)
-
-    def loss_of():
-        coins = torch.rand(4, *tokens.shape, device=machine.device)
-        masked = (coins[0] < 0.15) & (tokens >= N_SPECIAL)
-        labels = tokens.masked_fill(~masked, -100)
-        inputs = tokens.masked_fill(masked & (coins[1] < 0.8), MASK)
-        another = masked & (coins[1] >= 0.8) & (coins[2] < 0.5)
-        inputs = torch.where(another, (coins[3] * V).long(), inputs)
-        if not gathered:
-            return model(inputs, labels=labels).loss
-        hidden = model.bert(inputs).last_hidden_state[masked]
-        return F.cross_entropy(model.cls(hidden), labels[masked])
-
-    def update():
-        with machine.autocast():
-            loss = loss_of()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
+    if args.compile and gathered:
+        model.bert = machine.compile(model.bert)
+    elif args.compile:
+        model = machine.compile(model)
+    blocks = zipf_tokens(args.batch_size * (T - 2), V).reshape(-1, T - 2)
+    tokens = corpus.with_ends(blocks).to(machine.device)
     predicted = 0.15 * (T - 2) if gathered else T
-    return update, tokens.numel(), 3 * args.batch_size * dense_flops(layers, width, T, V, predicted)
+    return (lambda: their_update(model, optimizer, machine, tokens, gathered), tokens.numel(),
+            3 * args.batch_size * dense_flops(layers, width, T, V, predicted))
 
 
 def dense_flops(layers, width, T, V=0, predicted=0):
@@ -254,8 +282,9 @@ def main():
         print("transformers is not installed: its rows are left out", file=sys.stderr)
     names = [name for name in CASES if name == "peak" or args.only in name
              and (peers or "transformers" not in name)]
-    words = [word for name, value in typed.items() if name != "only"
+    words = [word for name, value in typed.items() if name not in ("only", "compile")
              for word in (f"--{name.replace('_', '-')}", str(value))]
+    words += ["--compile"] * args.compile
     results = {name: [] for name in names}
     with progress(total=args.rounds * len(names), unit=" cases", unit_scale=False) as bar:
         for name in names * args.rounds:
@@ -264,8 +293,9 @@ def main():
             bar.update()
     gflops = statistics.median(r["flops_per_s"] for r in results["peak"]) / 1e9
     print(f"{results['peak'][0]['about']}, torch {torch.__version__}, {args.size}, "
-          f"{args.vocab_size} pieces, {args.batch_size} rows of {args.seq_len}, peak {gflops:.0f} "
-          f"GFLOP/s, {args.rounds} rounds, {time.strftime('%Y-%m-%d')}\n")
+          f"{args.vocab_size} pieces, {args.batch_size} rows of {args.seq_len}, "
+          f"{'compiled, ' * args.compile}peak {gflops:.0f} GFLOP/s, {args.rounds} rounds, "
+          f"{time.strftime('%Y-%m-%d')}\n")
     print("\n".join(table(results)))
 
 

@@ -4,6 +4,8 @@ from argparse import Namespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 from data.flags import defaults
 from data.machine import Machine
@@ -27,6 +29,22 @@ def test_an_arm_learns_by_train_py_and_its_flops_are_those_of_the_model(arm, sco
     shape = Shape(500, 2, 128, 32)
     wanted = 3 * forward_flops(shape, 32, 5)  # 15 % of 30 tokens, rounded half up
     assert flops == 4 * (wanted + (forward_flops(shape, 32, scored) if scored else 0))
+
+
+@pytest.mark.parametrize("arm", ["random", "self, unmasked, pool 0", "random + distillation"])
+def test_counted_flops_are_those_that_torch_counts(arm):
+    step, _, flops = bench.training(*small(), arm)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    assert counter.get_total_flops() == flops
+
+
+def test_their_flops_are_those_that_torch_counts():
+    pytest.importorskip("transformers")
+    step, _, flops = bench.transformers_training(*small(), gathered=False)
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        step()  # the fused kernel of CPUs would not be counted
+    assert counter.get_total_flops() == flops
 
 
 def test_flops_of_others_are_ours_where_every_token_is_predicted():
