@@ -32,6 +32,7 @@ import subprocess
 import sys
 import time
 from argparse import Namespace
+from contextlib import redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -99,7 +100,8 @@ def rows_like(task, count, vocab_size, longest=128):
 
 def random_job(words, machine, **changes):
     """What train.py makes of these flags, on random tokens -> (flags, Job)."""
-    flags, _ = train.parse_args([*words, "--out", "never-made"])
+    with redirect_stdout(sys.stderr):  # a preset says what it sets
+        flags, _ = train.parse_args([*words, "--out", "never-made"])
     vars(flags).update(changes)
     T, V = flags.seq_len, flags.vocab_size
     text = SimpleNamespace(
