@@ -73,6 +73,18 @@ def print_text(runs):
             "|")
 
 
+def print_learned(runs):
+    """BERT as published: single runs and no test (plan.md)."""
+    print("\n| learned positions, arm | seed | exit, million tokens | lowest loss | by then, million "
+          "tokens |\n|---|---|---|---|---|")
+    for run in sorted(runs, key=lambda run: (run["arm"], run["seed"])):
+        millions = run["batch_tokens"] / 1e6
+        step, (at, lowest) = exit_step(run), min(run["loss"], key=lambda point: point[1])
+        print(f"| {run['arm'].removeprefix('learned-')} | {run['seed']} |",
+              f"{step * millions:.1f}" if step else f"not left in {run['steps'] * millions:.0f}",
+              f"| {lowest:.2f} | {at * millions:.1f} |")
+
+
 def print_arms(arms):
     """Print the table of {arm: {seed: run}} -> {arm: its paired log ratio to random masking}."""
     # A run that has not left by the end of its budget counts as the budget, and is named.
@@ -154,9 +166,10 @@ def main():
         raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
     runs = [json.loads(line) for line in LINES.read_text().splitlines()]
     print_text([run for run in runs if run["arm"].startswith("text-")])
+    print_learned([run for run in runs if run["arm"].startswith("learned-")])
     arms = {}
     for run in runs:
-        if not run["arm"].startswith("text-"):
+        if not run["arm"].startswith(("text-", "learned-")):
             arms.setdefault(run["arm"], {})[run["seed"]] = run
     if "random" not in arms:
         return

@@ -3,6 +3,7 @@
 #
 #     CORPUS=FILE bash data/results/exit.sh text    # random masking, three texts, seeds 0 to 2
 #     CORPUS=FILE bash data/results/exit.sh arms    # all arms, on the text that `text` chose
+#     CORPUS=FILE bash data/results/exit.sh learned # BERT as published, for a GPU: see gpu.sh
 #     python -m data.results.exit                   # the table and the pictures
 #
 # It can be stopped at any time and started again: a finished run is kept as a line of exit.jsonl,
@@ -67,5 +68,21 @@ arms)
             fi
         } | all
     done ;;
-*) echo "bash data/results/exit.sh text, or arms" >&2; exit 2 ;;
+learned)
+    # The whole text, BERT's positions and initial weights: 60 million tokens a run. FLAGS: of the machine.
+    L=${LEARNED_STEPS:-29300} every=$((${LEARNED_STEPS:-29300} < 250 ? ${LEARNED_STEPS:-29300} : 250))
+    for seed in 0 1 2; do
+        echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps ${TEACHER_STEPS:-2441} --dtype bfloat16"
+    done | all
+    for seed in 0 1 2; do
+        S="--seed $seed --positions learned --init-std 0.02 --lr 1e-3 --decay-frac 0 --steps $L"
+        S="$S --warmup-frac $(awk "BEGIN { print ($L > 400 ? 200 / $L : 0.5) }") --eval-every $every --eval-blocks 256"
+        # No line may end in a space: xargs would take the next one for its rest.
+        S="$S --log-every $every --checkpoint-every 5000 ${FLAGS:-} --dtype bfloat16"
+        T="--teacher $RUNS/teacher-$((100 + seed))"
+        echo "learned-random-$seed --masking random $S"
+        echo "learned-high-$seed --masking entropy $T --select high $S"
+        echo "learned-distill-$seed --masking random --distill complete $T $S"
+    done | all ;;
+*) echo "bash data/results/exit.sh text, arms or learned" >&2; exit 2 ;;
 esac
