@@ -3,9 +3,13 @@
     python -m pytest tests/test_exit.py -q
 """
 
+import os
+import subprocess
+
 import pytest
 
-from data.results.exit import CONTRASTS, SEEDS, exit_step, holm, print_arms
+from data.results.exit import CONTRASTS, SEEDS, exit_step, holm, print_arms, print_learned
+from tests.helpers import ROOT
 
 H = 7.0  # so the bound is 0.9 x 7 - 0.1 = 6.2
 
@@ -46,3 +50,25 @@ def test_no_contrast_is_shown_before_its_last_seed(capsys):
     ratios = print_arms(arms)
     assert set(ratios) == set(CONTRASTS) and len(ratios["high"]["each"]) == 9
     assert "| high | 9 |" in capsys.readouterr().out
+
+
+def test_learned_positions_have_a_table_of_their_own(capsys):
+    run = {"arm": "learned-high", "seed": 1, "batch_tokens": 2048, "steps": 2000,
+           "unigram_entropy": 7.0, "loss": [[0, 9.0], [1000, 6.7], [2000, 5.7]]}  # the bound: 6.2
+    stuck = {**run, "arm": "learned-random", "seed": 0, "loss": [[0, 9.0], [2000, 6.5]]}
+    print_learned([stuck, run])
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "| high | 1 | 3.1 | 5.70 | 4.1 |", "| random | 0 | not left in 4 | 6.50 | 4.1 |"]
+
+
+def test_a_part_of_the_gpu_script_ends_and_is_not_run_again(tmp_path):
+    def call(*parts):
+        return subprocess.run(
+            ["bash", ROOT / "data/results/gpu.sh", *parts], capture_output=True, text=True,
+            env={**os.environ, "OUT": str(tmp_path), "PYTHON": "echo"})
+
+    assert "bench: 0 s, ended with 0" in call("bench").stdout
+    text = (tmp_path / "bench.txt").read_text()
+    assert text == ("-m tests.bench --rounds 1 --compile --size small --vocab-size 30522 "
+                    "--batch-size 256\nended with 0\n")
+    assert call("bench").stdout == "" and call("nonsense").returncode == 2

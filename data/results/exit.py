@@ -75,7 +75,7 @@ def print_text(runs):
 
 def print_learned(runs):
     """BERT as published: single runs and no test (plan.md)."""
-    print("\n| learned positions, arm | seed | exit, million tokens | lowest loss | by then, million "
+    print("\n| learned positions, arm | seed | exit, million tokens | lowest loss | at, million "
           "tokens |\n|---|---|---|---|---|")
     for run in sorted(runs, key=lambda run: (run["arm"], run["seed"])):
         millions = run["batch_tokens"] / 1e6
