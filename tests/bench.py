@@ -65,12 +65,12 @@ FLAGS = {"Bench": [
 ARMS = {  # what differs from the random arm
     "random": {},
     "entropy": {"masking": "entropy"},
-    "self, masked": {"masking": "self"},
+    "self, masked": {"masking": "self", "score_input": "masked"},
     "self, unmasked": {"masking": "self", "score_input": "unmasked"},
     "self, unmasked, pool 0": {"masking": "self", "score_input": "unmasked", "pool": 0},
     "self, vocabulary": {"masking": "self", "score_input": "vocabulary"},
     "random + distillation": {"distill": "complete"},
-    "self + distillation": {"masking": "self", "distill": "complete"},
+    "self + distillation": {"masking": "self", "score_input": "masked", "distill": "complete"},
 }
 # Tokens in a row, mean and deviation: those of GLUE's training rows with a vocabulary of 8192.
 LENGTHS = {"CoLA": (12.9, 4.7), "MNLI": (45.4, 21.2)}

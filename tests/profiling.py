@@ -169,7 +169,7 @@ def measure_case(args):
     end, machine = time.perf_counter() + args.seconds, Machine(args)
     preset, method = args.cases.split(",")
     words = ["--preset", preset, "--masking", method, *args.flags.split()]
-    words += ["--init-frac", "0"] * (method == "self")
+    words += ["--init-frac", "0", "--score-input", "masked"] * (method == "self")
     flags, job = random_job(words, machine)
     per_step = flags.batch_size * flags.seq_len
     flops = train.count_flops(flags, job.model.shape, None, [0])

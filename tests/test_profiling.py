@@ -23,7 +23,7 @@ def test_variants_learn_as_train_py_does(method, monkeypatch):
     """The compiler itself takes minutes: what is left out here is that alone."""
     monkeypatch.setattr(Machine, "compile", lambda self, function: function)
     args, words = flags(), ["--preset", "gpu", "--masking", method, *SMALL.split(),
-                            *["--init-frac", "0"] * (method == "self")]
+                            *["--init-frac", "0", "--score-input", "masked"] * (method == "self")]
     losses = {name: profiling.time_variant(name, args, Machine(args), words)[1:]
               for name in VARIANTS if name not in GPU_ALONE | {"reduce-overhead"}}
     plain = losses["eager"]

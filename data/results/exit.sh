@@ -62,7 +62,7 @@ arms)
                 echo "high-unmasked-$seed --masking entropy $T --select high --score-input unmasked --pool 0 $S"
                 echo "rise-$seed --masking entropy $T --select rise $S"
                 echo "random-30-$seed --masking random --mask-rate 0.3 $S"
-                echo "self-high-$seed --masking self --select high --init-frac 0 $S"
+                echo "self-high-$seed --masking self --select high --score-input masked --init-frac 0 $S"
                 echo "self-unmasked-$seed --masking self --select high --score-input unmasked --pool 0 --init-frac 0 $S"
                 echo "self-unmasked-init-$seed --masking self --select high --score-input unmasked --pool 0 --init-frac 0.15 $S"
             fi
