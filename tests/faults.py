@@ -350,7 +350,7 @@ def flags(folder, works, tries, rng):
     for line, argv, word in wrong_lines(folder, folder / "random" / "run"):
         result = finish(argv)
         lost = refused(result, word) or (folder / "refused").exists() * "it began to work"
-        yield f"wrong flags: {argv[0]}", lost and f"{line}: {lost}", result.status
+        yield "wrong flags: all scripts", lost and f"{line}: {lost}", result.status
 
 
 def kinds_of_text(plain, large):
@@ -364,6 +364,10 @@ def kinds_of_text(plain, large):
         "special tokens": (plain.replace("mask", "[MASK] [CLS] <s> <unk> <0x41> ▁[MASK]▁"), True),
         "no blank line": (plain.replace("\n\n", "\n"), True),
         "combining marks": (plain.replace("o", "o\u0301\u0323\u0300" * 5), True),
+        "soft hyphens": (plain.replace("e", "\u00ade\u200b"), True),
+        "JSON lines": ('{"text": "A line of it."}\n' * 1000, False),
+        "Latin-1": (plain.replace("e", "é").encode("latin-1", "replace"), False),
+        "UTF-16": (plain.encode("utf-16"), False),
         "control characters": (plain.replace(" ", " \x0b\x1c\x85\u2028"), None),
         "one word repeated": ("word " * 50_000, None),
         "surrogates": (plain.encode().replace(b"the", b"\xed\xa0\x80"), False),
@@ -390,10 +394,19 @@ def text(folder, works, tries, rng):
     for name, (content, trained) in kinds.items():
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         result = train_on(folder, path)
-        what, lost = "refused" if result.status else "trained on", fine(result)
+        lost = fine(result)
         if trained is not None and (result.status == 0) != trained:
-            lost = lost or f"{what}: {result.text[-300:]}"
-        yield f"text of every kind: {what}", lost and f"{name}: {lost}", result.status
+            lost = lost or f"status {result.status}: {result.text[-300:]}"
+        yield "text of every kind", lost and f"{name}: {lost}", result.status
+
+
+HOSTILE = "a pickle with code in it, an archive that would write elsewhere, a bomb"
+
+
+def hostile(*given):
+    """Files of strangers that would do harm."""
+    yield from archives(*given)
+    yield from pickles(*given)
 
 
 def pickles(folder, works, tries, rng):
@@ -414,7 +427,7 @@ def pickles(folder, works, tries, rng):
             for argv in commands:
                 result = finish(argv)
                 lost = (folder / "executed").exists() * "its code ran" or refused(result)
-                yield "a pickle with code in it", lost, result.status
+                yield HOSTILE, lost, result.status
         (run / name).unlink()
 
 
@@ -435,12 +448,11 @@ def archives(folder, works, tries, rng):
         result = train_on(folder, folder / name)
         written = {p for p in set(folder.parent.rglob("*")) - before
                    if folder / "other-text" not in (p, *p.parents)}
-        yield ("an archive that would write elsewhere",
-               fine(result) or (f"it wrote {written}" if written else ""), result.status)
+        yield HOSTILE, fine(result) or (f"it wrote {written}" if written else ""), result.status
     for bomb in (bytes(1 << 30), b"a" * (30 << 20), b"a b\n\n" * (2 << 20)):
         (folder / "bomb.zip").write_bytes(packed_zip({"text.txt": bomb}))
         result = train_on(folder, folder / "bomb.zip")
-        yield "an archive bomb", refused(result), result.status
+        yield HOSTILE, refused(result), result.status
 
 
 # --------------------------------------------------------------------------------------------------
@@ -570,8 +582,7 @@ def big(folder, works, tries, rng):
 
 
 CASES = {**{name: partial(strike, name) for name in STRIKES}, "servers": servers, "flags": flags,
-         "text": text, "pickles": pickles, "archives": archives,
-         "damaged": damaged, "load": big}
+         "text": text, "hostile": hostile, "damaged": damaged, "load": big}
 FLAGS = {"Campaign": [
     ("only", "", None, f"some of {','.join(CASES)}"),
     ("tries", 20, "above 0", "of each fault"),

@@ -25,7 +25,7 @@ def toy(tmp_path_factory):
 
 @pytest.mark.parametrize("name, tries, count, statuses", [
     ("checkpoint", 1, 1, {-9}), ("signal", 1, 1, {129, 130, 143}), ("disk", 1, 1, {2}),
-    ("archives", 1, 2, {0}), ("damaged", 1, 135, {"read", 2})])
+    ("hostile", 1, 2, {0}), ("damaged", 1, 135, {"read", 2})])
 def test_a_few_tries_of(name, tries, count, statuses, toy):
     tried = list(itertools.islice(faults.CASES[name](*toy, tries, random.Random(0)), count))
     assert len(tried) == count and [row for row in tried if row[1]] == []

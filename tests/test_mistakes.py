@@ -14,7 +14,7 @@ train.py --batch-size x -> invalid int value: 'x'
 train.py --batch-size 999999999 -> less than a batch
 train.py --mask-rate 1.5; train.py --mask-rate nan; train.py --mask-rate 0; train.py --mask-rate 0.5
 train.py --mask-rate-end 2; train.py --pool 9; train.py --pool 1; train.py --pool -1
-train.py --pool 0; train.py --score-input masked --pool 0; train.py --seq-len 4; train.py --steps -1
+train.py --score-input masked --pool 0; train.py --seq-len 4; train.py --steps -1
 train.py --steps 0; train.py --steps 1e3; train.py --seed x; train.py --seed -1; train.py --clip 0
 train.py --seed 99999999999999999999; train.py --lr 0; train.py --lr inf; train.py --dropout 1
 train.py --distill complete -> --teacher; train.py --distill complete --teacher RUN --tau 0
