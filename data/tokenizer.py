@@ -121,6 +121,8 @@ def train_tokenizer(paragraphs, vocab_size, path):
             minloglevel=2,
         )
     except RuntimeError as error:
+        if "KeyboardInterrupt" in str(error):  # it came while `normalize` was called from C++
+            raise KeyboardInterrupt
         if needed := re.search(r"required_chars\. \d+ vs (\d+)", str(error)):
             raise UserError(f"--vocab-size {vocab_size} does not hold the letters of this corpus: "
                             f"give at least {needed[1]}")

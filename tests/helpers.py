@@ -9,6 +9,7 @@ import os
 import random
 import resource
 import runpy
+import signal
 import sys
 import tarfile
 import threading
@@ -23,6 +24,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+from data import files
 from data.files import load_tensors, run_script, save_tensors, sha256_file, write_json
 from data.machine import Machine
 from data.runs import config_sha256, read_config, read_log
@@ -85,10 +87,17 @@ def start(what, limit=None, value=0):
         os.chdir(ROOT)
         if limit is not None:
             resource.setrlimit(limit, (value, value))
+        # Before a script has begun an interrupt is Python's own matter, which prints a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        files.run_script = begin
         if callable(what):
-            return run_script(what)
+            return begin(what)
         sys.argv = [str(word) for word in what]
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+    def begin(main):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        run_script(main)
 
     process = fork.Process(target=child)
     process.start()

@@ -151,6 +151,16 @@ def test_an_impossible_vocabulary_is_told_what_is_possible(tmp_path):
         train_tokenizer(["\u200b"], 300, tmp_path / "t.model")
 
 
+def test_an_interrupt_within_the_trainer_stays_one(tmp_path):
+    def paragraphs():
+        yield "Some words."
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(paragraphs(), 300, tmp_path / "t.model")
+    assert not (tmp_path / "t.model").exists()
+
+
 # ---- the text of the first run
 
 
