@@ -53,14 +53,14 @@ class Output:
 
 def run_script(main):
     """Return main(); turn a UserError or an OSError into one line and status 2, Ctrl-C into 130."""
-    # A closed stdout or stderr leaves its number free, and the next file opened would be printed
-    # into: take the numbers 0 to 2 first.
-    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-        pass
-    os.close(number)
-    if not isinstance(sys.stdout, Output):
-        sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
+        # A closed stdout or stderr leaves its number free, and the next file opened would be
+        # printed into: take the numbers 0 to 2 first.
+        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+            pass
+        os.close(number)
+        if not isinstance(sys.stdout, Output):
+            sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
         value = main()
         sys.stdout.flush()
         if getattr(sys.stdout, "error", None):

@@ -96,8 +96,7 @@ def start(what, limit=None, value=0):
         runpy.run_path(sys.argv[0], run_name="__main__")
 
     def begin(main):
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        run_script(main)
+        run_script(lambda: (signal.signal(signal.SIGINT, signal.default_int_handler), main())[1])
 
     process = fork.Process(target=child)
     process.start()
