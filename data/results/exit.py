@@ -133,6 +133,8 @@ def draw(arms, ratios):
     """Write the curves of all arms, the same shifted by their exits, and the ratios."""
     title = "held-out loss (nats)"
     bound = next(WITHOUT_CONTEXT * r["unigram_entropy"] - MARGIN for r in arms["random"].values())
+    arms = dict(sorted(arms.items(), key=lambda item: statistics.median(  # one colour in both
+        exit_step(run) or math.inf for run in item[1].values())))
     curves = {arm: [[tuple(point) for point in run["loss"] if point[1] < 20]
                     for run in by_seed.values()] for arm, by_seed in arms.items()}
     write_atomic(HERE / "exit-curves.svg", draw_curves(
@@ -166,7 +168,8 @@ def main():
         raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
     runs = [json.loads(line) for line in LINES.read_text().splitlines()]
     print_text([run for run in runs if run["arm"].startswith("text-")])
-    print_learned([run for run in runs if run["arm"].startswith("learned-")])
+    if learned := [run for run in runs if run["arm"].startswith("learned-")]:
+        print_learned(learned)
     arms = {}
     for run in runs:
         if not run["arm"].startswith(("text-", "learned-")):
