@@ -304,7 +304,7 @@ def update(args, job, step):
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
     total, (_, _, teaching) = 0.0, plan(args, step)
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
-        # 1. Where: k tokens of each row, as the strategy chooses. Self-masking asks the model here.
+        # 1. Where: k tokens of each row, as the strategy chooses. Self-masking may ask the model here.
         x = tokens[rows]  # (b, T)
         positions = where_to_mask(args, job, step, x, noise[rows], blocks[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.
