@@ -336,8 +336,8 @@ def evaluate(model, tokens, machine):
 def main():
     parser = flag_parser("python masking.py RUN [SENTENCE] [FLAGS]", __doc__)
     parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
-    parser.add_argument("sentence", nargs="*", help="what to look at, in quotes; without one: a "
-                        "table of what every rule masks in held-out text, in a minute or two")
+    parser.add_argument("sentence", nargs="*", default=[], help="what to look at, in quotes; "
+                        "without one: a table of what every rule masks, in a minute or two")
     parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
     parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
     parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")

@@ -20,7 +20,7 @@ from data.inspection import (
 )
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from model import Bert, Shape, forward_flops, load
-from tests.helpers import call, save_run, write_corpus
+from tests.helpers import call, command, save_run, write_corpus
 
 SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
 V, T = 300, 34
@@ -159,6 +159,17 @@ def test_the_rank_correlation_of_a_free_score():
     for row, H in zip(tokens, exact_entropy(model, tokens)):
         free.mean[row] = torch.where(row >= N_SPECIAL, H, free.mean[row])
     assert diagnose(model, tokens, 5, choose_now, kinds, free)["rank_correlation"] > 0.2
+
+
+def test_a_run_without_a_sentence_prints_the_doses_of_its_own_rules(tmp_path, monkeypatch, capsys):
+    write_corpus(tmp_path / "text.txt")
+    call(command(tmp_path, "run"), monkeypatch)
+    capsys.readouterr()
+    call(["masking.py", tmp_path / "run", "--blocks", "2"], monkeypatch)
+    out = capsys.readouterr().out
+    assert "2 held-out blocks" in out
+    for rule in (*DOSE_RULES, "high, vocabulary, pool 2", "mix, vocabulary, pool 2"):
+        assert re.search(rf"^\| {rule} \|.* \d\.\d\d \|", out, re.M), rule
 
 
 # ---- one sentence
