@@ -142,11 +142,8 @@ PRESETS = {
 }
 
 
-def check_flags(args, given):
-    """Settle the defaults that follow from other flags; refuse flags that are out of range or
-    contradict each other. `given`: the names of those that the user typed; None: of an earlier run.
-    """
-    new, given = given is not None, given or set()
+def settle(args):
+    """The defaults that follow from other flags."""
     if args.init_frac is None:
         args.init_frac = 0.15 if args.masking == "self" else 0.0
     if args.score_input is None:  # why: data/results/dose.md
@@ -156,9 +153,12 @@ def check_flags(args, given):
     if args.mask_rate_end is None:
         args.mask_rate_end = args.mask_rate
     args.out = args.out or f"runs/{args.masking}-{args.seed}"
-    check_ranges(args, FLAGS)
-    args.cache = os.path.abspath(args.cache)  # a run may go on in another working directory
 
+
+def check_flags(args, given):
+    """Refuse flags that contradict each other. `given`: the names of those that the user typed;
+    None: the flags of an earlier run, whose --corpus, --teacher and --init-from may have moved."""
+    new, given = given is not None, given or set()
     asking, teaching = args.masking != "random", args.distill != "off"
     share, rest = divmod(args.batch_size, WORLD)
     # A block of n tokens holds at most ceil(n / 17) [SEP]s, see data/corpus.py.
@@ -225,17 +225,20 @@ def parse_args(argv=None):
     if evaluated == "" or None not in (evaluated, resume):
         raise UserError("--eval RUN only evaluates and needs a run folder; --resume goes on")
     if evaluated is None and resume is None:
+        settle(args)
+        check_ranges(args, FLAGS)
         check_flags(args, set(typed))
         check_new(Path(args.out))
+        args.cache = os.path.abspath(args.cache)  # a run may go on in another working directory
         if preset:
             print(f"preset {preset}: " + ", ".join(f"{n} {v}" for n, v in vars(args).items() if v))
         return args, None
 
     run = Path(evaluated or resume or args.out or f"runs/{args.masking}-{args.seed}").expanduser()
     args, config = open_earlier(run, evaluated is not None, typed, DEFAULTS, MAY_CHANGE)
+    check_ranges(args, FLAGS)
     if resume is not None:
         check_flags(args, None)
-    check_ranges(args, FLAGS)
     args.cache = os.path.abspath(args.cache)
     return args, config
 
@@ -304,7 +307,7 @@ def update(args, job, step):
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
     total, (_, _, teaching) = 0.0, plan(args, step)
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
-        # 1. Where: k tokens of each row, as the strategy chooses. Self-masking may ask the model here.
+        # 1. Where: k tokens of each row, as the strategy chooses. It may ask the model here.
         x = tokens[rows]  # (b, T)
         positions = where_to_mask(args, job, step, x, noise[rows], blocks[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.

@@ -44,7 +44,9 @@ def test_presets_name_flags_that_exist_with_values_of_their_types():
         assert set(flags) == set(train.DEFAULTS), name
         assert all(type(flags[n]) is type(default) for n, default in train.DEFAULTS.items()
                    if default is not None), name
-        train.check_flags(Namespace(**flags), set())
+        args = Namespace(**flags)
+        train.settle(args)
+        train.check_flags(args, set())
 
 
 def test_distillation_loss_against_float64():
@@ -84,7 +86,7 @@ def test_flops_of_a_step_by_hand(tmp_path):
     def flops(step, **changes):
         args = Namespace(**{**train.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
                             "init_frac": 0.5, **changes})
-        train.check_flags(args, set())
+        train.settle(args)
         return train.count_flops(args, shape, Namespace(shape=shape), [step]) / 8
 
     # d = 64, T = 34, V = 600; k = 5 trained, 10 scored.
@@ -111,7 +113,7 @@ def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path)
     machine = Namespace(device="cpu", autocast=nullcontext)
     args = Namespace(**{**train.DEFAULTS, "masking": "entropy", "teacher": str(tmp_path),
                         "seq_len": 34, "score_input": "once", "select": "high", "pool": 0})
-    train.check_flags(args, set())
+    train.settle(args)
     answers = train.ask_once(args, machine, teacher, blocks)
     tokens = corpora.with_ends(blocks)
     with torch.no_grad():

@@ -321,7 +321,9 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 ], ids=str)
 def test_right_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
-    train.check_flags(Namespace(**{**train.DEFAULTS, **flags}), set(flags))
+    args = Namespace(**{**train.DEFAULTS, **flags})
+    train.settle(args)
+    train.check_flags(args, set(flags))
 
 
 @pytest.mark.parametrize("flags, lr", [
@@ -330,7 +332,7 @@ def test_right_flags(flags, teacher):
     ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
     args = Namespace(**{**train.DEFAULTS, "masking": "random", **flags})
-    train.check_flags(args, set(flags))
+    train.settle(args)
     assert args.lr == lr
 
 
