@@ -99,7 +99,7 @@ class VocabularyMean:
 
     def see(self, labels, shown, logits):
         """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""
-        H = torch.cat([entropy(part) for part in logits.detach().split(1024)])
+        H = entropies(logits.detach())
         self.parts.append(torch.stack([labels.float(), H, (shown == MASK).float()], 1))
 
     def learn(self, machine):
@@ -275,6 +275,13 @@ def entropy(logits):
     return total.log() - (e * z).sum(-1) / total  # autocast would make a dot product bfloat16
 
 
+def entropies(logits):
+    """entropy of logits (N, V) -> (N,), a few rows at a time: on a CPU 1 MiB of float32, which its
+    cache keeps through the passes of entropy; on a GPU 256 MiB, to launch few kernels."""
+    rows = max(1, (1 << (26 if logits.is_cuda else 18)) // logits.shape[1])
+    return torch.cat([entropy(part) for part in logits.split(rows)])
+
+
 def uncertainty(model, inputs, places):
     """Compute the entropy (B, c) of the model's predictions for `inputs` (B, T) at `places` (B, c).
 
@@ -285,10 +292,9 @@ def uncertainty(model, inputs, places):
     model.eval()
     with torch.inference_mode():
         hidden = model.encode(inputs, places).flatten(0, 1)  # (B c, d)
-        # On a CPU 32 MiB of float32, enough rows for a fast matrix product; on a GPU 256 MiB, to
-        # launch few kernels.
+        # On a CPU 32 MiB of float32, enough rows for a fast matrix product; on a GPU 256 MiB.
         rows = max(1, (1 << (26 if hidden.is_cuda else 23)) // model.shape.vocab_size)
-        H = torch.cat([entropy(model.logits(part)) for part in hidden.split(rows)])
+        H = torch.cat([entropies(model.logits(part)) for part in hidden.split(rows)])
     model.train(was_training)
     return H.view_as(places).clone()  # a clone outside inference mode is an ordinary tensor
 
