@@ -46,6 +46,7 @@ from data import corpus
 from data.files import UserError, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
+from data.tasks import batches
 from data.tokenizer import MASK, N_SPECIAL
 from model import SIZES, Bert, Shape
 from train import make_optimizer
@@ -125,12 +126,12 @@ def training(args, machine, arm):
             train.count_flops(flags, job.model.shape, job.teacher, [0]))
 
 
-def their_model(size, seq_len, vocab_size):
+def their_model(size, seq_len, vocab_size, kind="BertForMaskedLM"):
     """transformers' BERT of this size, in training, without dropout."""
     import transformers
 
     layers, width = SIZES[size]
-    return transformers.BertForMaskedLM(transformers.BertConfig(
+    return getattr(transformers, kind)(transformers.BertConfig(
         vocab_size=vocab_size, hidden_size=width, num_hidden_layers=layers,
         num_attention_heads=width // 64, intermediate_size=4 * width, hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0, max_position_embeddings=seq_len,
@@ -151,10 +152,10 @@ def their_loss(model, tokens, gathered):
     return F.cross_entropy(model.cls(hidden), labels[masked])
 
 
-def their_update(model, optimizer, machine, tokens, gathered):
-    """A step of theirs, as train.update does it -> the loss."""
+def their_update(model, optimizer, machine, loss_of):
+    """A step of theirs, as train.update does it: loss_of(model) -> the loss."""
     with machine.autocast():
-        loss = their_loss(model, tokens, gathered)
+        loss = loss_of(model)
     loss.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()
@@ -174,7 +175,9 @@ def transformers_training(args, machine, gathered):
     blocks = zipf_tokens(args.batch_size * (T - 2), V).reshape(-1, T - 2)
     tokens = corpus.with_ends(blocks).to(machine.device)
     predicted = 0.15 * (T - 2) if gathered else T
-    return (lambda: their_update(model, optimizer, machine, tokens, gathered), tokens.numel(),
+    return (lambda: their_update(model, optimizer, machine,
+                                 lambda model: their_loss(model, tokens, gathered)),
+            tokens.numel(),
             3 * args.batch_size * dense_flops(layers, width, T, V, predicted))
 
 
@@ -186,14 +189,38 @@ def dense_flops(layers, width, T, V=0, predicted=0):
 
 def tuning(args, machine, task):
     """An epoch of glue.fine_tune."""
-    rows = rows_like(task, args.rows, args.vocab_size, args.seq_len)
-    labels, lengths = [i % 2 for i in range(args.rows)], np.array([len(ids) for ids, _ in rows])
+    rows, labels, lengths, flops = rows_to_tune(args, task)
     recipe = Namespace(**{**defaults({"": glue.FLAGS["Recipe"]}), "epochs": 1, "lr": 1e-3,
                           "embedding_lr": 1e-3, "batch_size": args.batch_size})
-    flops = 3 * sum(dense_flops(*SIZES[args.size], int(n)) for n in lengths)
     model = glue.Classifier(Bert(Shape(args.vocab_size, *SIZES[args.size], args.seq_len)), 2,
                             recipe.pool_output).to(machine.device)
     return (lambda: glue.fine_tune(model, rows, labels, recipe, 0, machine), lengths.sum(), flops)
+
+
+def rows_to_tune(args, task):
+    """-> rows, labels, lengths, and the FLOPs of an epoch over them."""
+    rows = rows_like(task, args.rows, args.vocab_size, args.seq_len)
+    lengths = np.array([len(ids) for ids, _ in rows])
+    flops = 3 * sum(dense_flops(*SIZES[args.size], int(n)) for n in lengths)
+    return rows, [i % 2 for i in range(args.rows)], lengths, flops
+
+
+def transformers_tuning(args, machine, task):
+    """The same epoch with transformers' BertForSequenceClassification: the same batches, which have
+    rows of like length together."""
+    rows, labels, lengths, flops = rows_to_tune(args, task)
+    model = their_model(args.size, args.seq_len, args.vocab_size,
+                        "BertForSequenceClassification").to(machine.device)
+    optimizer, labels = make_optimizer(model, 1e-3, 0.01), torch.tensor(labels)
+
+    def epoch():
+        for chosen in batches(lengths, args.batch_size, 0, 0):
+            tokens, types, attend = glue.collate([rows[i] for i in chosen], machine.device)
+            y = labels[torch.from_numpy(chosen)].to(machine.device)
+            their_update(model, optimizer, machine, lambda model: model(
+                tokens, attention_mask=attend, token_type_ids=types, labels=y).loss)
+
+    return epoch, lengths.sum(), flops
 
 
 def peak(args, machine):
@@ -209,6 +236,8 @@ CASES = {  # name -> (function, its arguments, the case with which it is compare
     "transformers, as it is": (transformers_training, (False,), "train.py, random"),
     "transformers, gathered": (transformers_training, (True,), "train.py, random"),
     **{f"glue.py, {task}": (tuning, (task,), f"glue.py, {task}") for task in LENGTHS},
+    **{f"transformers, {task}": (transformers_tuning, (task,), f"glue.py, {task}")
+       for task in LENGTHS},
 }
 
 
@@ -218,7 +247,7 @@ def measure(name, args):
     torch.manual_seed(0)
     function, arguments, _ = CASES[name]
     step, tokens, flops = function(args, machine, *arguments)
-    warm, count = (1, 2) if function is tuning else (3, args.steps)
+    warm, count = (1, 2) if function in (tuning, transformers_tuning) else (3, args.steps)
     seconds = []
     for _ in range(warm + count):
         if machine.device.type == "cuda":

@@ -37,7 +37,7 @@ from data.files import UserError, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
 from model import SIZES, at_places
-from tests.bench import their_model, their_update
+from tests.bench import their_loss, their_model, their_update
 
 ROOT = Path(__file__).parent.parent
 OF_TRAIN = ("corpus", "corpus-tokens", "vocab-size", "seq-len", "cache", "batch-size", "seed")
@@ -93,7 +93,8 @@ def their_side(args, flags, machine, text, rate, gathered):
         for group in optimizer.param_groups:
             group["lr"] = train.learning_rate(step, flags.steps, rate, flags.warmup_frac, 0.0)
         tokens = corpus.batch_at(text.train, args.seed, step, args.batch_size)
-        return their_update(inner, optimizer, machine, tokens.to(machine.device), gathered)
+        return their_update(inner, optimizer, machine, lambda inner: their_loss(
+            inner, tokens.to(machine.device), gathered))
 
     return model, update
 

@@ -52,6 +52,19 @@ def test_flops_of_others_are_ours_where_every_token_is_predicted():
     assert bench.dense_flops(4, 256, 128, 8192, 128) == expected
 
 
+def test_both_fine_tunings_read_the_same_rows():
+    pytest.importorskip("transformers")
+    args, machine = small()
+    (ours, *mine), (theirs, *same) = (tune(args, machine, "CoLA") for tune in (
+        bench.tuning, bench.transformers_tuning))
+    assert mine == same
+    with FlopCounterMode(display=False) as a, sdpa_kernel(SDPBackend.MATH):
+        ours()
+    with FlopCounterMode(display=False) as b, sdpa_kernel(SDPBackend.MATH):
+        theirs()  # theirs has another matrix in the head, of one vector a row
+    assert b.get_total_flops() == pytest.approx(a.get_total_flops(), rel=0.05)
+
+
 def test_fine_tuning_and_the_peak_are_measured_at_all():
     args, _ = small()
     tuned, peak = bench.measure("glue.py, CoLA", args), bench.measure("peak", args)
