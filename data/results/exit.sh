@@ -59,7 +59,7 @@ arms)
                 echo "distill-$seed --masking random --distill complete $T $S"
             else
                 echo "low-$seed --masking entropy $T --select low $S"
-                echo "high-unmasked-$seed --masking entropy $T --select high --score-input unmasked --pool 0 $S"
+                echo "high-unmasked-$seed --masking entropy $T --select high --score-input once --pool 0 $S"
                 echo "rise-$seed --masking entropy $T --select rise $S"
                 echo "random-30-$seed --masking random --mask-rate 0.3 $S"
                 echo "self-high-$seed --masking self --select high --score-input masked --init-frac 0 $S"
