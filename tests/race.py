@@ -19,6 +19,7 @@ own with the memory setting of data/machine.py.
 
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -133,6 +134,8 @@ def race(args, side, rate, seconds):
         print(f"{side} {rate:g}: step {step}, {spent:.0f} s, loss {loss:.3f}", file=sys.stderr)
         while len(reached) < len(wanted) and loss <= wanted[len(reached)]:
             reached.append([spent, step])
+        if not math.isfinite(loss):
+            break
     return {"side": side, "rate": rate if rate else flags.lr, "reached": reached, "lowest": lowest,
             "seconds": spent, "steps": step, "batch_tokens": flags.batch_size * flags.seq_len,
             "about": f"{machine.about}, torch {torch.__version__}"}
