@@ -79,7 +79,7 @@ def unmasked(model, tokens, places):
 
 class VocabularyMean:
     """--score-input vocabulary, the default of self-masking: nobody reads anything. H is a running
-    mean over the vocabulary item's own predictions, and free of cost. Not from the paper.
+    mean over the vocabulary item's own predictions, without a forward. Not from the paper.
 
     Training computes logits at the masked positions anyway; `see` keeps their entropies where
     [MASK] was shown, and `learn` takes them in after the update. An item that was not seen yet has

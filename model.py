@@ -161,8 +161,8 @@ class Bert(nn.Module):
         self.head_bias = nn.Parameter(torch.zeros(shape.vocab_size))
         self.apply(self._init_weights)
         if self.rotary and shape.local_start:
-            # With q = k = bias + small, the attention logit between two places begins as
-            # sum_i cos(theta_i * distance): a bump around distance 0. Every token starts by
+            # With q = k = bias + small, the attention logit between two places begins in proportion
+            # to sum_i cos(theta_i * distance): a bump around distance 0. Every token starts by
             # attending to its neighbours instead of having to discover that they matter.
             for block in self.blocks:
                 nn.init.constant_(block.attention.qkv.bias[: 2 * d], shape.local_start)
