@@ -239,6 +239,12 @@ def with_ends(blocks):
     return torch.from_numpy(tokens)
 
 
+def maskable(seq_len):
+    """How many tokens of a block are no [SEP], at the least: see MIN_DOCUMENT."""
+    n = seq_len - 2
+    return n - -(-n // (MIN_DOCUMENT + 1))
+
+
 def block_order(n_blocks, seed, step, batch_size):
     """The numbers of the blocks (batch_size,) of a step: epoch after epoch, each in an order of its
     own.

@@ -59,7 +59,7 @@ def token_kinds(pieces, counts):
     }
 
 
-def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
+def diagnose(model, tokens, k, choose_now, kinds, means=None, with_dose=False):
     """Compare what the strategy masks in tokens (B, T) with all tokens: a dict for the log.
 
     choose_now(tokens, noise) -> positions (B, k) is the strategy as it is at this step. The noise
@@ -72,7 +72,7 @@ def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
     rate               masked share of the maskable tokens
     neighbour          share of the chosen whose right neighbour is chosen, too
     dose               see dose(), of the first blocks; only where asked for: it takes many forwards
-    rank_correlation   Spearman of the `free` scores, a VocabularyMean, with fresh masked entropies
+    rank_correlation   Spearman of the `means` scores, a VocabularyMean, with fresh masked entropies
     """
     noise = [draw(DIAGNOSIS_SEED, i, *tokens.shape).to(tokens.device) for i in range(3)]
     model.eval()
@@ -97,11 +97,11 @@ def diagnose(model, tokens, k, choose_now, kinds, free=None, with_dose=False):
     report = {"rate": rate.item(), **pairs, "neighbour": neighbour(chosen)}
     if with_dose:
         report["dose"] = dose(model, tokens[:DOSE_BLOCKS], chosen[:DOSE_BLOCKS])
-    if free:
+    if means:
         c = min(2 * k, maskable.sum(1).min().item())
         places = choose_at_random(tokens, c, noise[2])
         fresh = SCORE_INPUT["masked"](model, tokens, places)
-        report["rank_correlation"] = spearman(free(model, tokens, places), fresh)
+        report["rank_correlation"] = spearman(means(model, tokens, places), fresh)
     return report
 
 
@@ -236,9 +236,9 @@ def show_doses(run, blocks):
     config = read_config(run)
     flags = Namespace(**{**config["flags"], "out": str(run), "device": "cpu", "threads": 0})
     text = load_text(flags, config, Machine(flags))
-    tokens, free, rules = with_ends(text.valid[:blocks]), means_of(run, model), DOSE_RULES
-    if free:
-        rules = {**rules, **{f"{select}, vocabulary, pool 2": ("self", free, select, 2)
+    tokens, means, rules = with_ends(text.valid[:blocks]), means_of(run, model), DOSE_RULES
+    if means:
+        rules = {**rules, **{f"{select}, vocabulary, pool 2": ("self", means, select, 2)
                              for select in ("high", "mix")}}
     print(f"{run}: dose (deviations above the row's mean of exact entropies; - on the plateau), "
           f"right neighbours, rank correlation with exact entropies, FLOPs over random masking; "
@@ -252,9 +252,9 @@ def means_of(run, model):
     checkpoint = Path(run) / "checkpoint.pt"
     if read_config(run)["flags"].get("score_input") != "vocabulary" or not checkpoint.exists():
         return None
-    free = VocabularyMean(model.shape.vocab_size)
-    free.load_state(load_tensors(checkpoint)["free"])
-    return free
+    means = VocabularyMean(model.shape.vocab_size)
+    means.load_state(load_tensors(checkpoint)["means"])
+    return means
 
 
 # --------------------------------------------------------------------------------------------------
@@ -371,8 +371,8 @@ def demonstrate(args):
 
 def strategies_of(run, model):
     """STRATEGIES; and `self`, its own rule, for a run that chose by means of vocabulary items."""
-    free, flags = means_of(run, model), read_config(run)["flags"]
-    if not free:
+    means, flags = means_of(run, model), read_config(run)["flags"]
+    if not means:
         return STRATEGIES
     select = rise(0.75) if flags["select"] == "rise" else flags["select"]  # as at its end
-    return {**STRATEGIES, "self": ("self", free, select, min(2, flags["pool"]))}
+    return {**STRATEGIES, "self": ("self", means, select, min(2, flags["pool"]))}

@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import corpus
 from data.files import (
@@ -139,17 +140,38 @@ def model_sha256(run):
 # a run that is being trained
 
 
+class NotFinite(Exception):
+    """The loss or its gradient at this step is not a number."""
+
+
 @dataclass
 class State:
     """What a checkpoint holds beside weights and optimiser. Nothing else survives a kill."""
 
     step: int = 0  # updates done
     flops: int = 0  # spent on them, and on the run that --init-from names
-    seconds: float = 0.0  # in updates, up to the last log line
+    seconds: float = 0.0  # up to the last log line, evaluations left out
     logged: int = -1  # the step of that line
     log: str = ""  # log.jsonl so far: resuming writes it back, so it cannot be torn
     pending: list = field(default_factory=list)  # what the updates since that line returned
     clock: tuple = ()  # (step, time) at that line, or when this process began; not in a checkpoint
+
+    def average_pending(self, machine):
+        """Average the (loss, norm) of each update since the last log line over the processes.
+        NotFinite, with the first bad step, where one is not a number."""
+        if self.pending:
+            values = machine.mean(torch.stack(self.pending))  # (n, 2)
+            self.pending = list(values)
+            finite = values.isfinite().all(1)
+            if not finite.all():
+                raise NotFinite(self.step - len(values) + 1 + finite.int().argmin().item())
+
+    def stop_clock(self, batch_tokens):
+        """What a log line says of the time since the last one, and of all time."""
+        (step, began), now = self.clock, time.perf_counter()
+        self.seconds += now - began
+        return {"tokens_per_s": round((self.step - step) * batch_tokens / (now - began)),
+                "seconds": round(self.seconds, 1)}
 
 
 class Run:
@@ -203,8 +225,8 @@ class Run:
         if saved:
             job.model.load_state_dict(saved["model"])
             job.optimizer.load_state_dict(saved["optimizer"])
-            if job.free:
-                job.free.load_state(saved["free"])
+            if job.means:
+                job.means.load_state(saved["means"])
             state = State(**saved["state"])
             state.pending = [x.to(job.machine.device) for x in state.pending]
         if not RANK:
@@ -230,7 +252,7 @@ class Run:
         save_tensors(new, {
             "model": job.model.state_dict(), "optimizer": job.optimizer.state_dict(),
             "state": {name: value for name, value in vars(state).items() if name != "clock"},
-            "free": job.free and job.free.state(), "config_sha256": config_sha256(self.config)})
+            "means": job.means and job.means.state(), "config_sha256": config_sha256(self.config)})
         if newest.exists():
             os.replace(newest, self.path / "checkpoint.prev.pt")
         os.replace(new, newest)

@@ -42,7 +42,7 @@ import torch.nn.functional as F
 
 import glue
 import train
-from data import corpus
+from data import arguments, corpus
 from data.files import UserError, progress, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
@@ -102,7 +102,7 @@ def rows_like(task, count, vocab_size, longest=128):
 def random_job(words, machine, **changes):
     """What train.py makes of these flags, on random tokens -> (flags, Job)."""
     with redirect_stdout(sys.stderr):  # a preset says what it sets
-        flags, _ = train.parse_args([*words, "--out", "never-made"])
+        flags, _ = arguments.parse_args([*words, "--out", "never-made"])
     vars(flags).update(changes)
     T, V = flags.seq_len, flags.vocab_size
     text = SimpleNamespace(

@@ -33,7 +33,7 @@ from torch import nn
 
 import masking
 import train
-from data import corpus
+from data import arguments, corpus
 from data.files import UserError, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
@@ -52,7 +52,8 @@ FLAGS = {
         ("eval-blocks", 256, "above 0", "held-out blocks in an evaluation"),
         ("compile", False, None, "torch.compile, on both sides"),
     ],
-    "As in train.py": [row for rows in train.FLAGS.values() for row in rows if row[0] in OF_TRAIN],
+    "As in train.py": [row for rows in arguments.FLAGS.values() for row in rows
+                       if row[0] in OF_TRAIN],
     "Machine": MACHINE_FLAGS,
 }
 OURS, GATHERED, AS_IT_IS = "train.py", "transformers, gathered", "transformers, as it is"
@@ -110,8 +111,8 @@ def race(args, side, rate, seconds):
     the end of train.py's schedule) -> what it took."""
     words = [word for name in OF_TRAIN if (value := getattr(args, name.replace("-", "_"))) != ""
              for word in (f"--{name}", str(value))]
-    flags, _ = train.parse_args([*words, "--size", args.size, "--masking", "random",
-                                 "--out", "never-made"])
+    flags, _ = arguments.parse_args([*words, "--size", args.size, "--masking", "random",
+                                     "--out", "never-made"])
     machine = Machine(args)
     text = corpus.load(corpus.prepare(flags.corpus, flags.vocab_size, flags.cache,
                                       machine.threads), flags.seq_len, flags.corpus_tokens)

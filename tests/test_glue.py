@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import glue
-import train
+from data import arguments
 from data.files import UserError, lock_folder, read_json
 from data.metrics import measure
 from data.scores import WHERE
@@ -56,7 +56,7 @@ def make_run(path, tokenizer, seed=0, width=64, weights=None, **flags):
         weights(bert)
     copy_token_type(bert.state_dict())
     save_run(path, bert, tokenizer, **{
-        **train.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
+        **arguments.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
     lines = [{"step": 0, "flops": 0, "val_loss": 7.0}, {"step": 10, "flops": 500},
              {"step": 250, "flops": 1000, "seconds": 9.5, "val_loss": 4.0}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -149,16 +149,16 @@ def test_the_rank_correlation_of_a_free_score():
     """
     model, tokens = small_model(), rows_of(8)
     kinds = token_kinds(["▁a"] * V, np.ones(V))
-    free = M.VocabularyMean(V)
+    means = M.VocabularyMean(V)
 
     def choose_now(tokens, noise):
-        return M.choose(tokens, 5, lambda t, places: free(model, t, places), "high", 2, noise)
+        return M.choose(tokens, 5, lambda t, places: means(model, t, places), "high", 2, noise)
 
-    assert diagnose(model, tokens, 5, choose_now, kinds, free)["rank_correlation"] == 0
-    free.mean[:] = 0
+    assert diagnose(model, tokens, 5, choose_now, kinds, means)["rank_correlation"] == 0
+    means.mean[:] = 0
     for row, H in zip(tokens, exact_entropy(model, tokens)):
-        free.mean[row] = torch.where(row >= N_SPECIAL, H, free.mean[row])
-    assert diagnose(model, tokens, 5, choose_now, kinds, free)["rank_correlation"] > 0.2
+        means.mean[row] = torch.where(row >= N_SPECIAL, H, means.mean[row])
+    assert diagnose(model, tokens, 5, choose_now, kinds, means)["rank_correlation"] > 0.2
 
 
 def test_a_run_without_a_sentence_prints_the_doses_of_its_own_rules(tmp_path, monkeypatch, capsys):
@@ -209,10 +209,10 @@ def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, ca
     save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary",
              select="high", pool=0)
     ids = tokenizer.encode("the model reads every token")
-    free = M.VocabularyMean(600)
-    free.mean[:] = 0
-    free.mean[ids[3]] = 5.0
-    save_tensors(tmp_path / "checkpoint.pt", {"free": free.state()})
+    means = M.VocabularyMean(600)
+    means.mean[:] = 0
+    means.mean[ids[3]] = 5.0
+    save_tensors(tmp_path / "checkpoint.pt", {"means": means.state()})
     call(["masking.py", tmp_path, "the model reads every token"], monkeypatch)
     assert re.search(r"alone .* unmasked  mean .* high-unmasked self ", capsys.readouterr().out)
     strategies = strategies_of(tmp_path, model)

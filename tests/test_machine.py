@@ -14,6 +14,7 @@ from argparse import Namespace
 import pytest
 import torch
 
+from data import arguments
 from data.files import UserError, load_tensors
 from data.machine import Machine
 from data.runs import read_config, read_log
@@ -63,7 +64,7 @@ def test_two_processes_follow_one(folder, monkeypatch):
     # An entropy that rounds differently may choose another token: later steps may part.
     assert abs(losses("self-1")[0] - losses("self-2")[0]) < 1e-5
     assert abs(losses("vocabulary-1")[3] - losses("vocabulary-2")[3]) < 1e-4
-    a, b = (load_tensors(folder / run / "checkpoint.pt")["free"]
+    a, b = (load_tensors(folder / run / "checkpoint.pt")["means"]
             for run in ("vocabulary-1", "vocabulary-2"))
     assert abs(a[1].sum() - b[1].sum()) == 0 and a[1].sum() > 0  # both saw all sightings
     assert read_config(folder / "self-2")["starts"][0]["processes"] == 2
@@ -102,11 +103,13 @@ def test_a_signal_stops_all_after_the_same_step(folder):
 
 
 def test_a_batch_that_cannot_be_split_is_refused(folder, monkeypatch, capsys):
-    import train
-    monkeypatch.setattr(train, "WORLD", 3)
+    monkeypatch.setattr(arguments, "WORLD", 9)
+    line = refused(command(folder, "odd"), monkeypatch, capsys)
+    assert "--batch-size 8 cannot be split evenly over 9 processes" in line
+    monkeypatch.setattr(arguments, "WORLD", 3)
     line = refused(command(folder, "odd"), monkeypatch, capsys)
     assert "--batch-size 8 cannot be split evenly over 3 processes" in line
-    monkeypatch.setattr(train, "WORLD", 2)
+    monkeypatch.setattr(arguments, "WORLD", 2)
     line = refused(command(folder, "odd", "--micro-batch", "8"), monkeypatch, capsys)
     assert "--micro-batch 8 does not divide --batch-size 8 over 2 processes" in line
     assert not (folder / "odd").exists()

@@ -9,7 +9,7 @@ import torch
 
 import glue
 import masking
-import train
+from data import arguments
 from data.files import UserError
 from tests.helpers import ROOT, call, command, write_corpus
 from tests.test_masking import T, noise_of, rows_of, table
@@ -32,7 +32,7 @@ def test_its_commands_are_commands(tmp_path, monkeypatch):
     assert len(asked) >= 5
     for argv in asked:
         if "--resume" not in argv and "--eval" not in argv:
-            train.parse_args(argv)
+            arguments.parse_args(argv)
     for argv in commands("glue.py"):
         glue.parse_args(argv)
     for argv in commands("masking.py"):
@@ -47,10 +47,10 @@ def test_the_flags_of_the_method_have_the_defaults_that_it_names():
     assert len(rows) >= 8
     for names, values in rows:
         for name in re.findall(r"`--([a-z-]+)", names):
-            default = train.DEFAULTS[name.replace("-", "_")]
+            default = arguments.DEFAULTS[name.replace("-", "_")]
             if "**" in values and default is not None:
                 assert f"**{default}**" in values, name
-            choices = next(row[2] for group in train.FLAGS.values() for row in group
+            choices = next(row[2] for group in arguments.FLAGS.values() for row in group
                            if row[0] == name)
             if isinstance(choices, tuple):  # --select takes them from masking.SELECT
                 assert {word.strip("* ") for word in values.split(",")} == set(choices), name

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import masking as M
 import train
+from data import arguments
 from data import corpus as corpora
 from data.files import load_tensors
 from data.runs import read_log
@@ -32,21 +33,21 @@ def test_learning_rate():
 
 
 def test_the_mask_rate_falls_linearly():
-    args = Namespace(**{**train.DEFAULTS, "masking": "random", "init_frac": 0.0, "steps": 100,
+    args = Namespace(**{**arguments.DEFAULTS, "masking": "random", "init_frac": 0.0, "steps": 100,
                         "mask_rate": 0.3, "mask_rate_end": 0.1})
     # of 126 tokens: 30 %, 20 %, 10.2 %; the step after the last is only evaluated
     assert [train.plan(args, step)[0] for step in (0, 50, 99, 100)] == [38, 25, 13, 13]
 
 
 def test_presets_name_flags_that_exist_with_values_of_their_types():
-    for name, preset in train.PRESETS.items():
-        flags = {**train.DEFAULTS, **preset}
-        assert set(flags) == set(train.DEFAULTS), name
-        assert all(type(flags[n]) is type(default) for n, default in train.DEFAULTS.items()
+    for name, preset in arguments.PRESETS.items():
+        flags = {**arguments.DEFAULTS, **preset}
+        assert set(flags) == set(arguments.DEFAULTS), name
+        assert all(type(flags[n]) is type(default) for n, default in arguments.DEFAULTS.items()
                    if default is not None), name
         args = Namespace(**flags)
-        train.settle(args)
-        train.check_flags(args, set())
+        arguments.settle(args)
+        arguments.check_flags(args, set())
 
 
 def test_distillation_loss_against_float64():
@@ -84,9 +85,9 @@ def test_flops_of_a_step_by_hand(tmp_path):
     shape = Shape(600, 2, 64, 34)
 
     def flops(step, **changes):
-        args = Namespace(**{**train.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
+        args = Namespace(**{**arguments.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
                             "init_frac": 0.5, **changes})
-        train.settle(args)
+        arguments.settle(args)
         return train.count_flops(args, shape, Namespace(shape=shape), [step]) / 8
 
     # d = 64, T = 34, V = 600; k = 5 trained, 10 scored.
@@ -111,9 +112,9 @@ def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path)
     teacher = Bert(Shape(600, 2, 64, 34)).eval()
     blocks = np.random.default_rng(0).integers(5, 600, (150, 32)).astype(np.uint16)
     machine = Namespace(device="cpu", autocast=nullcontext)
-    args = Namespace(**{**train.DEFAULTS, "masking": "entropy", "teacher": str(tmp_path),
+    args = Namespace(**{**arguments.DEFAULTS, "masking": "entropy", "teacher": str(tmp_path),
                         "seq_len": 34, "score_input": "once", "select": "high", "pool": 0})
-    train.settle(args)
+    arguments.settle(args)
     answers = train.ask_once(args, machine, teacher, blocks)
     tokens = corpora.with_ends(blocks)
     with torch.no_grad():
@@ -121,7 +122,7 @@ def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path)
     exact = -(log_p.exp() * log_p).sum(-1)
     torch.testing.assert_close(answers[:, 1:-1].double(), exact[:, 1:-1], rtol=0, atol=1e-4)
     assert answers[:, [0, -1]].isnan().all()
-    job = Namespace(machine=machine, answers=answers, free=None, model=None, teacher=None)
+    job = Namespace(machine=machine, answers=answers, means=None, model=None, teacher=None)
     some, noise = np.array([140, 3, 77]), M.draw(0, 0, 3, 34)
     positions = train.where_to_mask(args, job, 0, tokens[some], noise, some)
     wanted = exact[some, 1:-1].topk(5).indices.sort().values + 1

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train
+from data import arguments
 from data import corpus as corpora
 from data.files import load_tensors, lock_folder, read_json, write_json
 from data.runs import read_config, read_log
@@ -199,11 +200,11 @@ def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
     assert known_ids[tokens[:, 1:-1]].float().mean() == pytest.approx(0.5, abs=0.02)
     share = {}
     for masking, select in (("random", "high"), ("self", "high"), ("self", "low")):
-        args = Namespace(**{**train.DEFAULTS, "masking": masking, "select": select, "seq_len": 34,
-                            "score_input": "masked", "init_frac": 0.0, "mask_rate": 0.15,
-                            "mask_rate_end": 0.15})
+        args = Namespace(**{**arguments.DEFAULTS, "masking": masking, "select": select,
+                            "seq_len": 34, "score_input": "masked", "init_frac": 0.0,
+                            "mask_rate": 0.15, "mask_rate_end": 0.15})
         noise = train.masking.draw(0, 0, *tokens.shape)
-        job = Namespace(free=None, answers=None, model=model, teacher=None, machine=train.Machine(
+        job = Namespace(means=None, answers=None, model=model, teacher=None, machine=train.Machine(
             Namespace(device="cpu", dtype="float32", threads=1)))
         positions = train.where_to_mask(args, job, 0, tokens, noise)
         share[select if masking == "self" else "random"] = 1 - known_ids[
@@ -321,9 +322,9 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 ], ids=str)
 def test_right_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
-    args = Namespace(**{**train.DEFAULTS, **flags})
-    train.settle(args)
-    train.check_flags(args, set(flags))
+    args = Namespace(**{**arguments.DEFAULTS, **flags})
+    arguments.settle(args)
+    arguments.check_flags(args, set(flags))
 
 
 @pytest.mark.parametrize("flags, lr", [
@@ -331,8 +332,8 @@ def test_right_flags(flags, teacher):
     ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3),
     ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
-    args = Namespace(**{**train.DEFAULTS, "masking": "random", **flags})
-    train.settle(args)
+    args = Namespace(**{**arguments.DEFAULTS, "masking": "random", **flags})
+    arguments.settle(args)
     assert args.lr == lr
 
 
@@ -406,11 +407,11 @@ def test_help_teaches_every_flag(capsys, monkeypatch):
         call(["train.py", "--help"], monkeypatch)
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in train.DEFAULTS:
+    for name in arguments.DEFAULTS:
         assert re.search(rf"--(\[no-\])?{name.replace('_', '-')}\b", text), name
 
 
 def test_a_home_folder_is_expanded():
     """bash leaves the ~ of --out=~/run to us."""
-    args, _ = train.parse_args(["--masking", "random", "--out=~/run"])
+    args, _ = arguments.parse_args(["--masking", "random", "--out=~/run"])
     assert args.out == os.path.expanduser("~/run")
