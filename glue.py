@@ -113,6 +113,8 @@ def parse_args(argv=None):
         raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
                         f"are {','.join(TASKS)}")
     args.tasks = [task for task in TASKS if task in {names[name.lower()] for name in asked}]
+    if args.freeze and args.embedding_lr:
+        raise UserError("--freeze trains the last layer alone: leave out --embedding-lr")
     if not args.runs:
         raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
     args.runs = list(dict.fromkeys(os.path.normpath(os.path.expanduser(run)) for run in args.runs))

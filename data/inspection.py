@@ -370,7 +370,8 @@ def demonstrate(args):
 
 
 def strategies_of(run, model):
-    """STRATEGIES; and `self`, its own rule, for a run that chose by means of vocabulary items."""
+    """STRATEGIES; and `self`, its own rule, for a run that chose by means of vocabulary items, but
+    in a pool of 2 k at most: a short sentence holds no larger one."""
     means, flags = means_of(run, model), read_config(run)["flags"]
     if not means:
         return STRATEGIES
