@@ -50,9 +50,10 @@ FLAGS = {
          "(--distill): the paper's external reference model"),
         ("select", "mix", (*masking.SELECT, "rise"), "which entropies: highest, lowest, nearest "
          "the row's median, in proportion, half highest and half random; low first, high last"),
-        ("score-input", None, (*masking.SCORE_INPUT, "vocabulary"), "who is asked reads: the text "
-         "without the candidates; the text; the same, once before training (entropy); nothing, a "
-         "running mean per vocabulary item is looked up (default of self; of entropy: masked)"),
+        ("score-input", None, (*masking.SCORE_INPUT, "vocabulary"), "what is read. masked: the "
+         "text, its candidates hidden; unmasked: all of it; once: all of it, before training "
+         "(entropy); vocabulary: nothing, a mean of the vocabulary item is looked up (default of "
+         "self; of entropy: masked)"),
         ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),

@@ -46,7 +46,8 @@ glue.py RUN --tasks SNLI -> there is no task SNLI
 glue.py RUN --tasks , -> there is no task without a name
 glue.py RUN --lr 0; glue.py RUN --seeds 0 -> --seeds 0: must be above 0
 glue.py RUN --epochs x -> invalid int value: 'x'; glue.py RUN --max-len 4; glue.py RUN --dropout 1
-glue.py RUN --freeze --embedding-lr 1e-3; glue.py RUN --batch-size 0; glue.py RUN --tabel -> unrecognized arguments: --tabel
+glue.py RUN --freeze --embedding-lr 1e-3
+glue.py RUN --batch-size 0; glue.py RUN --tabel -> unrecognized arguments: --tabel
 glue.py RUN --glue-dir nowhere --tasks RTE -> RTE/train.tsv: No such file
 glue.py RUN --table -> nothing is scored yet
 masking.py -> python train.py --masking self; masking.py nowhere a -> not a run folder
