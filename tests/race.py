@@ -84,7 +84,7 @@ def their_side(args, flags, machine, text, rate, gathered):
     torch.manual_seed(args.seed)
     model = Theirs(args, text.tokenizer.vocab_size).to(machine.device)
     optimizer = train.make_optimizer(model, rate, flags.weight_decay)
-    inner = model.bert
+    inner, warmup = model.bert, round(flags.warmup_frac * flags.steps)  # as long as ours
     if args.compile and gathered:
         inner.bert = machine.compile(inner.bert)
     elif args.compile:
@@ -93,7 +93,7 @@ def their_side(args, flags, machine, text, rate, gathered):
     def update(step):
         model.train()
         for group in optimizer.param_groups:
-            group["lr"] = train.learning_rate(step, flags.steps, rate, flags.warmup_frac, 0.0)
+            group["lr"] = rate * min(1, (step + 1) / warmup)
         tokens = corpus.batch_at(text.train, args.seed, step, args.batch_size)
         return their_update(inner, optimizer, machine, lambda inner: their_loss(
             inner, tokens.to(machine.device), gathered))

@@ -1,7 +1,9 @@
 """Does the race time both sides truly?   python -m pytest tests/test_race.py -q"""
 
 from argparse import Namespace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -27,6 +29,20 @@ def test_both_sides_read_the_text_and_stop_where_they_should(tmp_path):
         assert theirs["reached"] == [[theirs["seconds"], 2]] and theirs["rate"] == 1e-3
         firsts.append(theirs["lowest"])
     assert firsts[0] == pytest.approx(firsts[1], abs=1e-3)  # only their speed differs
+
+
+def test_their_rate_rises_and_then_stays(monkeypatch):
+    pytest.importorskip("transformers")
+    rates, text = [], SimpleNamespace(train=np.full((64, 32), 9, dtype=np.uint16),
+                                      tokenizer=SimpleNamespace(vocab_size=300))
+    monkeypatch.setattr(race, "their_update", lambda _, optimizer, *others: rates.append(
+        optimizer.param_groups[0]["lr"]))
+    args = Namespace(**{**defaults(race.FLAGS), "seq_len": 34, "batch_size": 8})
+    flags = Namespace(weight_decay=0.01, warmup_frac=0.1, steps=100)
+    _, update = race.their_side(args, flags, Namespace(device="cpu"), text, 1e-3, True)
+    for step in (0, 9, 50, 101, 5000):
+        update(step)
+    assert rates == pytest.approx([1e-4, 1e-3, 1e-3, 1e-3, 1e-3])
 
 
 def test_their_model_is_evaluated_as_it_would_predict_itself():
