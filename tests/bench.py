@@ -12,7 +12,7 @@ Ratios are taken within a round: on a machine that is shared they mean more than
 `peak` is the product of two large square matrices in the same --dtype, measured in every round.
 The share of it counts the matrix-product FLOPs that a step really executes: one that computes
 logits which nobody reads has a high share and is slow all the same. In fine-tuning only those of
-real tokens count, not those of padding.
+real tokens count, not those of padding. Encoding a text has none.
 
 Where Hugging Face transformers is installed its BERT of the same shape takes the same steps, in the
 same way: the memory setting of data/machine.py, SDPA, autocast, fused AdamW, clipping, no dropout,
@@ -30,6 +30,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from contextlib import redirect_stdout
@@ -43,11 +44,12 @@ import torch.nn.functional as F
 import glue
 import train
 from data import arguments, corpus
-from data.files import UserError, progress, run_script
+from data.files import UserError, progress, read_json, run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
 from data.tasks import batches
-from data.tokenizer import MASK, N_SPECIAL
+from data.text import find_files, read_documents
+from data.tokenizer import MASK, N_SPECIAL, Tokenizer, normalize
 from model import SIZES, Bert, Shape
 from train import make_optimizer
 
@@ -59,6 +61,8 @@ FLAGS = {"Bench": [
     ("seq-len", 128, "from 16 to 65536", "tokens of a row, at most in fine-tuning"),
     ("steps", 10, "above 0", "updates of a training case"),
     ("rows", 640, "above 0", "rows of a fine-tuning epoch"),
+    ("corpus", "docs", "path", "the text that is prepared"),
+    ("cache", arguments.DEFAULTS["cache"], "path", "where it is kept"),
     ("rounds", 3, "above 0", "how often every case runs"),
     ("only", "", None, "cases whose name has this in it"),
     ("compile", False, None, "torch.compile, on both sides"),
@@ -223,6 +227,25 @@ def transformers_tuning(args, machine, task):
     return epoch, lengths.sum(), flops
 
 
+def preparation(args, machine, whole):
+    """Encode a text: from its file to train.bin, or its paragraphs by sentencepiece alone."""
+    with redirect_stdout(sys.stderr):
+        folder = corpus.prepare(args.corpus, args.vocab_size, args.cache, machine.threads)
+    paths = find_files(args.corpus, Path(args.cache), machine.threads)
+    meta, tokenizer = read_json(folder / "meta.json"), Tokenizer(folder / "tokenizer.model")
+    out = tempfile.TemporaryDirectory()
+    paragraphs = [] if whole else [normalize(" " + paragraph) for _, document in read_documents(
+        paths, args.corpus) for paragraph in document]
+
+    def encode():
+        if not whole:
+            return tokenizer.sp.encode(paragraphs, num_threads=machine.threads)
+        corpus.encode_documents(paths, args.corpus, tokenizer, meta["documents"],
+                                meta["characters"], Path(out.name), machine.threads)
+
+    return encode, meta["train_tokens"] + meta["valid_tokens"], 0
+
+
 def peak(args, machine):
     """The product of two large square matrices."""
     n = 8192 if machine.device.type == "cuda" else 1024
@@ -238,6 +261,8 @@ CASES = {  # name -> (function, its arguments, the case with which it is compare
     **{f"glue.py, {task}": (tuning, (task,), f"glue.py, {task}") for task in LENGTHS},
     **{f"transformers, {task}": (transformers_tuning, (task,), f"glue.py, {task}")
        for task in LENGTHS},
+    "data/corpus.py": (preparation, (True,), "data/corpus.py"),
+    "sentencepiece": (preparation, (False,), "data/corpus.py"),
 }
 
 
@@ -247,7 +272,8 @@ def measure(name, args):
     torch.manual_seed(0)
     function, arguments, _ = CASES[name]
     step, tokens, flops = function(args, machine, *arguments)
-    warm, count = (1, 2) if function in (tuning, transformers_tuning) else (3, args.steps)
+    slow = function in (tuning, transformers_tuning, preparation)
+    warm, count = (1, 2) if slow else (3, args.steps)
     seconds = []
     for _ in range(warm + count):
         if machine.device.type == "cuda":
@@ -291,7 +317,7 @@ def table(results):
             return statistics.median(map(of, rounds, first or rounds, results["peak"]))
 
         time_ratio = median(lambda r, f, _: f["tokens_per_s"] / r["tokens_per_s"])
-        flops_ratio = rounds[0]["flops_per_token"] / (first or rounds)[0]["flops_per_token"]
+        flops_ratio = rounds[0]["flops_per_token"] / ((first or rounds)[0]["flops_per_token"] or 1)
         share = median(lambda r, _, p: r["flops_per_s"] / p["flops_per_s"])
         ratios = f"{time_ratio:.2f} | {flops_ratio:.2f}" if first else "- | -"
         lines.append(f"| {name} | {median(lambda r, *_: r['tokens_per_s']):.0f} | {ratios} | "

@@ -11,6 +11,7 @@ from data.flags import defaults
 from data.machine import Machine
 from model import Shape, forward_flops
 from tests import bench
+from tests.helpers import write_corpus
 
 
 def small(**changes):
@@ -70,6 +71,18 @@ def test_fine_tuning_and_the_peak_are_measured_at_all():
     tuned, peak = bench.measure("glue.py, CoLA", args), bench.measure("peak", args)
     assert tuned["tokens_per_s"] > 1 and tuned["memory_mb"] > 50
     assert 0 < tuned["flops_per_s"] < peak["flops_per_s"]
+
+
+def test_both_encoders_give_the_tokens_that_are_counted(tmp_path):
+    args, machine = small()
+    vars(args).update(corpus=str(write_corpus(tmp_path / "text.txt")), cache=str(tmp_path),
+                      vocab_size=600)
+    encode, tokens, _ = bench.preparation(args, machine, whole=True)
+    assert encode() is None
+    encode, same, _ = bench.preparation(args, machine, whole=False)
+    assert tokens == same
+    documents = 120  # of two paragraphs each; ours ends each with a [SEP]
+    assert sum(map(len, encode())) == tokens - documents
 
 
 def test_ratios_are_taken_within_a_round():
