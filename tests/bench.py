@@ -261,8 +261,8 @@ CASES = {  # name -> (function, its arguments, the case with which it is compare
     **{f"glue.py, {task}": (tuning, (task,), f"glue.py, {task}") for task in LENGTHS},
     **{f"transformers, {task}": (transformers_tuning, (task,), f"glue.py, {task}")
        for task in LENGTHS},
-    "data/corpus.py": (preparation, (True,), "data/corpus.py"),
-    "sentencepiece": (preparation, (False,), "data/corpus.py"),
+    "encoder, data/corpus.py": (preparation, (True,), "encoder, data/corpus.py"),
+    "encoder, sentencepiece": (preparation, (False,), "encoder, data/corpus.py"),
 }
 
 
