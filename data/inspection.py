@@ -63,10 +63,11 @@ def diagnose(model, tokens, k, choose_now, kinds, means=None, with_dose=False):
     """Compare what the strategy masks in tokens (B, T) with all tokens: a dict for the log.
 
     choose_now(tokens, noise) -> positions (B, k) is the strategy as it is at this step. The noise
-    is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, at random]:
+    is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, at random],
+    and of kinds [chosen, all]:
 
     entropy, accuracy  of the model at the chosen tokens, all [MASK], and at k random ones
-    word_internal ...  shares of the kinds of token_kinds, of the chosen and of all
+    word_internal ...  shares of the kinds of token_kinds
     overlap            share of the chosen that are chosen again with other noise, and what a random
                        choice has: how repetitive the masks are
     rate               masked share of the maskable tokens

@@ -149,7 +149,7 @@ class State:
     """What a checkpoint holds beside weights and optimiser. Nothing else survives a kill."""
 
     step: int = 0  # updates done
-    flops: int = 0  # spent on them, and on the run that --init-from names
+    flops: int = 0  # spent on them, and before the first (--init-from, --score-input once)
     seconds: float = 0.0  # up to the last log line, evaluations left out
     logged: int = -1  # the step of that line
     log: str = ""  # log.jsonl so far: resuming writes it back, so it cannot be torn

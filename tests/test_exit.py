@@ -69,6 +69,6 @@ def test_a_part_of_the_gpu_script_ends_and_is_not_run_again(tmp_path):
 
     assert "bench: 0 s, ended with 0" in call("bench").stdout
     text = (tmp_path / "bench.txt").read_text()
-    assert text == ("-m tests.bench --rounds 1 --compile --size small --vocab-size 30522 "
-                    "--batch-size 256\nended with 0\n")
+    assert text == ("-m tests.bench --rounds 1 --compile --only tra --size small "
+                    "--vocab-size 30522 --batch-size 256\nended with 0\n")
     assert call("bench").stdout == "" and call("nonsense").returncode == 2

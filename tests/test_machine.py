@@ -51,10 +51,10 @@ def flags(folder, out, *more):
 def test_two_processes_follow_one(folder, monkeypatch):
     """Scores of the model and of the vocabulary; random masking is the next test's."""
     own = ("--masking", "self", "--score-input", "masked", "--init-frac", "0", "--select", "high")
-    free = ("--masking", "self")
-    jobs = [on_two(flags(folder, "self-2", *own)), on_two(flags(folder, "vocabulary-2", *free))]
+    means = ("--masking", "self")
+    jobs = [on_two(flags(folder, "self-2", *own)), on_two(flags(folder, "vocabulary-2", *means))]
     call(flags(folder, "self-1", *own), monkeypatch)
-    call(flags(folder, "vocabulary-1", *free, "--micro-batch", "4"), monkeypatch)
+    call(flags(folder, "vocabulary-1", *means, "--micro-batch", "4"), monkeypatch)
     out, _ = (finish(job) for job in jobs)
     assert "machine: 2 x " in out and out.count("held-out loss") == 3  # process 0 alone speaks
 

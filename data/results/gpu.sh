@@ -54,7 +54,8 @@ for name in "${@:-learned profile bench race}"; do
         case $each in
         learned) learned ;;
         profile) part profile 300 "$PYTHON" -m tests.profiling --seconds 240 ${PROFILE:-} ;;
-        bench) part bench 150 "$PYTHON" -m tests.bench --rounds 1 --compile \
+        # Cases of train.py and of transformers: both have "tra".
+        bench) part bench 150 "$PYTHON" -m tests.bench --rounds 1 --compile --only tra \
             ${BENCH:---size small --vocab-size 30522 --batch-size 256} ;;
         race) part race 150 "$PYTHON" -m tests.race --corpus "$CORPUS" ${RACE:-} ;;
         *) echo "the parts are learned, profile, bench and race" >&2; exit 2 ;;
