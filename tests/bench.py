@@ -270,8 +270,8 @@ def measure(name, args):
     """Run a case in this process -> tokens/s, FLOP/s, FLOPs a token, MB."""
     machine = Machine(args)
     torch.manual_seed(0)
-    function, arguments, _ = CASES[name]
-    step, tokens, flops = function(args, machine, *arguments)
+    function, others, _ = CASES[name]
+    step, tokens, flops = function(args, machine, *others)
     slow = function in (tuning, transformers_tuning, preparation)
     warm, count = (1, 2) if slow else (3, args.steps)
     seconds = []

@@ -68,6 +68,12 @@ def test_entropy_equals_float64():
     assert np.allclose(M.entropy(logits).numpy(), H, atol=1e-5)
 
 
+def test_entropies_in_pieces_are_those_of_all_rows_at_once():
+    logits = torch.randn(700, 1000, generator=torch.Generator().manual_seed(0)) * 6
+    assert (1 << 18) // 1000 < 700 / 2  # three pieces, of which the last is shorter
+    assert torch.equal(M.entropies(logits), M.entropy(logits))
+
+
 def test_dropout_s_stream_is_a_function_of_seed_step_and_row():
     def drawn(*where):
         M.seed_dropout(*where)
