@@ -163,6 +163,9 @@ def check_flags(args, given):
         (rest, f"--batch-size {args.batch_size} cannot be split evenly over {WORLD} processes"),
         (share and share % (args.micro_batch or share), f"--micro-batch {args.micro_batch} does "
          f"not divide --batch-size {args.batch_size}" + f" over {WORLD} processes" * (WORLD > 1)),
+        (args.compile and args.micro_batch and os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1",
+         "a CUDA graph writes over the gradients that --micro-batch sums: leave that flag out, or "
+         "TORCHINDUCTOR_CUDAGRAPHS"),
         (candidates > corpus.maskable(args.seq_len), f"{candidates} candidates for masking are "
          f"more than a row of {args.seq_len} tokens holds: lower --pool or --mask-rate"),
     ):

@@ -85,3 +85,9 @@ def test_mistakes_are_one_line(folder, monkeypatch, capsys):
     for line, argv, word in wrong_lines(folder, folder / "run"):
         assert word in refused(argv, monkeypatch, capsys), line
         assert not (folder / "refused").exists(), line
+
+
+def test_graphs_do_not_write_over_gradients_that_are_summed(folder, monkeypatch, capsys):
+    monkeypatch.setenv("TORCHINDUCTOR_CUDAGRAPHS", "1")
+    argv = command(folder, "refused", "--compile", "--micro-batch", "1")
+    assert "TORCHINDUCTOR_CUDAGRAPHS" in refused(argv, monkeypatch, capsys)
