@@ -342,18 +342,27 @@ def main():
     words = [word for name, value in typed.items() if name not in ("only", "compile")
              for word in (f"--{name.replace('_', '-')}", str(value))]
     words += ["--compile"] * args.compile
-    results = {name: [] for name in names}
+    results, failed = {name: [] for name in names}, {}
     with progress(total=args.rounds * len(names), unit=" cases", unit_scale=False) as bar:
         for name in names * args.rounds:
             bar.set_description(name)
-            results[name].append(measure_apart(name, words, args.threads))
+            try:
+                results[name].append(measure_apart(name, words, args.threads))
+                bar.write(f"{name}: {json.dumps(results[name][-1])}", file=sys.stderr)
+            except UserError as error:  # the others are worth having
+                failed[name] = str(error)
             bar.update()
+    if "peak" in failed:
+        raise UserError(failed["peak"])
+    results = {name: rounds for name, rounds in results.items() if name not in failed}
     gflops = statistics.median(r["flops_per_s"] for r in results["peak"]) / 1e9
     print(f"{results['peak'][0]['about']}, torch {torch.__version__}, {args.size}, "
           f"{args.vocab_size} pieces, {args.batch_size} rows of {args.seq_len}, "
           f"{'compiled, ' * args.compile}peak {gflops:.0f} GFLOP/s, {args.rounds} rounds, "
           f"{time.strftime('%Y-%m-%d')}\n")
     print("\n".join(table(results)))
+    if failed:
+        raise UserError("; ".join(failed.values()))
 
 
 if __name__ == "__main__":

@@ -185,10 +185,10 @@ def measure_case(args):
     print(f"\n## {preset}, {method}\n\n{machine.about}, torch {torch.__version__}, "
           f"{flags.batch_size} rows of {flags.seq_len}, {flops / per_step / 1e6:.1f} MFLOP a token,"
           f" peak {top / 1e12:.2f} TFLOP/s, {time.strftime('%Y-%m-%d')}")
-    for step in range(5):
-        train.update(flags, job, step)
     for look in (parts, kernels):
         try:
+            for step in range(5):  # warm up
+                train.update(flags, job, step)
             look(flags, job, args.steps)
         except Exception as error:
             print(f"\n{look.__name__}: {type(error).__name__}: {error}")
@@ -224,7 +224,7 @@ def main():
     check_ranges(args, FLAGS)
     if case:
         return measure_case(args)
-    end, cases = time.perf_counter() + args.seconds, args.cases.split()
+    end, cases, failed = time.perf_counter() + args.seconds, args.cases.split(), False
     for i, name in enumerate(cases):
         seconds = max(1.0, (end - time.perf_counter()) / (len(cases) - i))
         given = {**typed, "cases": name, "seconds": seconds}
@@ -234,6 +234,8 @@ def main():
             env={**os.environ, "OMP_NUM_THREADS": str(args.threads or os.cpu_count())})
         if done.returncode:
             print(f"{name} ended with status {done.returncode}", flush=True)
+            failed = True
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":

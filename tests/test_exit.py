@@ -4,6 +4,7 @@
 """
 
 import os
+import shutil
 import subprocess
 
 import pytest
@@ -69,6 +70,23 @@ def test_a_part_of_the_gpu_script_ends_and_is_not_run_again(tmp_path):
 
     assert "bench: 0 s, ended with 0" in call("bench").stdout
     text = (tmp_path / "bench.txt").read_text()
-    assert text == ("-m tests.bench --rounds 1 --compile --only tra --size small "
+    assert text == ("-m tests.bench --device cuda --rounds 1 --compile --only tra --size small "
                     "--vocab-size 30522 --batch-size 256\nended with 0\n")
-    assert call("bench").stdout == "" and call("nonsense").returncode == 2
+    assert call("bench").stdout == "" and call("bench", "nonsense").returncode == 2
+    assert "race reads a text" in call("bench", "race").stderr
+
+
+@pytest.mark.parametrize("line, kept", [
+    ("error: the loss or its gradient is not finite at step 9; the last checkpoint", True),
+    ("RuntimeError: CUDA error: an illegal memory access was encountered", False)])
+def test_a_run_that_broke_is_not_filed_as_one_that_diverged(tmp_path, line, kept):
+    (tmp_path / "data/results").mkdir(parents=True)
+    shutil.copy(ROOT / "data/results/exit.sh", tmp_path / "data/results")
+    python = tmp_path / "python"  # train.py says `line` and ends with 1; else it says its arguments
+    train = f"[ $1 != train.py ] || {{ echo '{line}' >&2; exit 1; }}"
+    python.write_text(f"#!/bin/sh\n{train}\necho $*\n")
+    python.chmod(0o755)
+    done = subprocess.run(["bash", tmp_path / "data/results/exit.sh", "text"], text=True,
+                          capture_output=True, env={**os.environ, "CORPUS": "x",
+                                                    "PYTHON": str(python)})
+    assert ("--keep runs/exit/text-200000-0" in done.stdout) == kept == (done.returncode == 0)

@@ -22,9 +22,9 @@ train() {
     if [[ $name != teacher-* ]] && grep -qs "\"run\": \"$name\"" data/results/exit.jsonl; then return; fi
     if [ -e "$run/config.json" ] && [ ! -e "$run/model.pt" ]; then set -- --resume "$run"
     else set -- --out "$run" --corpus "$CORPUS" --threads 1 "$@"; fi
-    [ -e "$run/model.pt" ] || "$PYTHON" train.py "$@" >> "$run.txt" 2>&1
-    local status=$?
-    [ $status -le 1 ] || return 255  # stopped, not finished: xargs ends; 1 is a run that diverged
+    # Stopped or broken: xargs ends, and nothing is kept. A run that diverged is a result, though.
+    [ -e "$run/model.pt" ] || "$PYTHON" train.py "$@" >> "$run.txt" 2>&1 ||
+        tail -n 3 "$run.txt" | grep -q "is not finite" || return 255
     if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run" || return 255; fi
     echo "$(date +%H:%M) $name"
 }
@@ -70,15 +70,16 @@ arms)
     done ;;
 learned)
     # The whole text, BERT's positions and initial weights: 60 million tokens a run. FLAGS: of the machine.
+    M="--device ${DEVICE:-auto} --dtype bfloat16"
     L=${LEARNED_STEPS:-29300} every=$((${LEARNED_STEPS:-29300} < 250 ? ${LEARNED_STEPS:-29300} : 250))
     for seed in 0 1 2; do
-        echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps ${TEACHER_STEPS:-2441} --dtype bfloat16"
+        echo "teacher-$((100 + seed)) --masking random --seed $((100 + seed)) --steps ${TEACHER_STEPS:-2441} $M"
     done | all
     for seed in 0 1 2; do
         S="--seed $seed --positions learned --init-std 0.02 --lr 1e-3 --decay-frac 0 --steps $L"
         S="$S --warmup-frac $(awk "BEGIN { print ($L > 400 ? 200 / $L : 0.5) }") --eval-every $every --eval-blocks 256"
         # No line may end in a space: xargs would take the next one for its rest.
-        S="$S --log-every $every --checkpoint-every 5000 ${FLAGS:-} --dtype bfloat16"
+        S="$S --log-every $every --checkpoint-every 5000 ${FLAGS:-} $M"
         T="--teacher $RUNS/teacher-$((100 + seed))"
         echo "learned-random-$seed --masking random $S"
         echo "learned-high-$seed --masking entropy $T --select high $S"
