@@ -283,14 +283,16 @@ def make_table(models, recipe, baseline):
 def select_scores(models, recipe):
     """-> the models with the scores alone that may stand in one table, and notes on the others.
 
-    They are by this recipe (random weights have their own rates), and of every task on the same
-    rows and with the fine-tuning seeds that all have. Of two that differ in the machine: the later.
+    They are by this recipe (random weights have their own rates, but for --freeze), and of every
+    task on the same rows and with the fine-tuning seeds that all have. Of two that differ in the
+    machine: the later.
     """
-    but_rates = {name: value for name, value in recipe.items() if name not in RATE_NAMES}
+    of_weights = {name: value for name, value in recipe.items()
+                  if recipe.get("freeze") or name not in RATE_NAMES}
     notes, kept = [], [[] for _ in models]
     for task in TASKS:
         found = [{(e["data"], e["seed"]): e for e in m.scores if e["task"] == task
-                  and e["recipe"].items() >= (recipe if m.pretraining else but_rates).items()}
+                  and e["recipe"].items() >= (recipe if m.pretraining else of_weights).items()}
                  for m in models]
         rows = Counter(data for m, of in zip(models, found) if m.pretraining for data, _ in of)
         if not rows:

@@ -224,6 +224,17 @@ def test_a_table_is_of_one_shape_tokenizer_and_recipe():
     assert "3 tables: " in S.show_tables(tables)
 
 
+def test_a_frozen_encoder_has_one_rate_for_runs_and_random_weights():
+    weights, run = random_weights(0, {}), fake_run("random", 0, {})
+    for lr, floor, score in ((1e-3, 50.0, 60.0), (3e-3, 65.0, 70.0)):
+        recipe = {"epochs": 3, "freeze": True, "lr": lr}
+        weights.scores.append(entry("RTE", floor, recipe=recipe))
+        run.scores.append(entry("RTE", score, recipe=recipe))
+    found = [[row(table, name)["scores"]["RTE"]["mean"] for name in ("random weights", "random")]
+             for table in S.make_tables([weights, run], "random")]
+    assert sorted(found) == [[50, 60], [65, 70]]
+
+
 def test_scores_that_are_missing_or_of_other_rows():
     runs = [fake_run("random", 0, {"RTE": 60.0, "CoLA": 10.0}),
             fake_run("self", 0, {"RTE": 62.0}, masking="self")]
