@@ -26,7 +26,8 @@ MAX_LINE = 1 << 20  # characters; a longer line is read in pieces, or it would f
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
 UNREADABLE = {b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\x18": "zstd", b"\x04\x22\x4d\x18": "lz4",
               b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
-NO_PROSE = re.compile(r'\{\s*("|$)|\[\s*(\{|$)|<(\?xml|!doctype|html|mediawiki|doc )', re.I)
+NO_PROSE = re.compile(
+    r'\{\s*(["\']|$)|\[\s*([{"]|$)|<(\?xml|!doctype|html|mediawiki|doc[ >])', re.I)
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bad bytes
 
 

@@ -121,6 +121,9 @@ WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both hea
     ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "a.txt is compressed with 7z: unpack it first"),
     ("a.jsonl", b'\n{"id": 1, "text": "Words."}\n' * 9, "line 2 begins with .*JSON.*jq -r"),
     ("a.json", b'[\n {"text": "Some words."}\n]', "line 1 begins with .*JSON or markup"),
+    ("a.json", b'["Some words.", "More words."]', "line 1 begins with .*JSON or markup"),
+    ("a.txt", b"{'text': 'Some words.'}", "line 1 begins with .*JSON or markup"),
+    ("a.sgml", b"<DOC>\n<DOCNO>", "line 1 begins with <DOC>: JSON or markup"),
     ("a.html", b"<!DOCTYPE html>\n<html>", "line 1 begins with <!DOCTYPE html>: JSON or markup"),
     ("a.txt", b"too few\n\nwords here\n", "more than this corpus supports: .*or at most [0-9]+"),
 ])
