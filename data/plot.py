@@ -20,6 +20,7 @@ from data.runs import WITHOUT_CONTEXT, read_config, read_log
 
 WIDTH, HEIGHT, TOP = 800, 420, 44
 LINE = 17  # height of a line of text
+MARK = "made by data.plot"  # such a file may be drawn anew, no other is overwritten
 LETTER = 7  # mean width of a letter, rather too much than too little
 COLOURS = {  # class of an element -> its colour in light, in dark
     "paper": ("#ffffff", "#0d1117"), "grid": ("#d8dee4", "#2f353d"),
@@ -38,7 +39,7 @@ def svg(body, width, height):
                    for i in range(2))
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
-        f'height="{height}" font-family="system-ui, sans-serif" font-size="13">',
+        f'height="{height}" font-family="system-ui, sans-serif" font-size="13"><!-- {MARK} -->',
         "<style>text,circle,rect{fill:currentColor}polyline{stroke:currentColor;fill:none}"
         f"{light}@media (prefers-color-scheme: dark){{{dark}}}</style>",
         f'<rect class="paper" width="{width}" height="{height}"/>', *body, "</svg>\n"])
@@ -214,8 +215,8 @@ def main():
                         help="run folders, or one JSON file of glue.py")
     parser.add_argument("--out", default="plot.svg", help="the picture (default plot.svg)")
     args = parser.parse_args()
-    out = Path(args.out)
-    if out.exists() and not (out.is_file() and out.read_bytes().startswith(b"<svg")):
+    out = Path(args.out).expanduser()
+    if out.exists() and not (out.is_file() and MARK.encode() in out.read_bytes()[:300]):
         raise UserError(f"{out} exists and is not a picture of this program: name another --out")
     if len(args.inputs) == 1 and Path(args.inputs[0]).is_file():
         try:

@@ -90,7 +90,8 @@ def test_labels_do_not_lie_on_one_another():
 def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, capsys):
     scores, picture = tmp_path / "scores.json", tmp_path / "picture.svg"
     scores.write_text(json.dumps([TABLE]))
-    for target in (picture, picture, scores, tmp_path):
+    (tmp_path / "logo.svg").write_text("<svg></svg>")
+    for target in (picture, picture, scores, tmp_path, tmp_path / "logo.svg"):
         monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
         if target == picture:  # its own picture may be drawn anew
             plot.main()
@@ -99,6 +100,7 @@ def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, 
             with pytest.raises(UserError, match="not a picture"):
                 plot.main()
             assert json.loads(scores.read_text()) == [TABLE]
+    assert (tmp_path / "logo.svg").read_text() == "<svg></svg>"
 
 
 @pytest.mark.parametrize("content, message", [
