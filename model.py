@@ -30,7 +30,7 @@ from torch import nn
 from data.export import export
 from data.files import UserError, load_tensors, run_script
 from data.flags import flag_parser
-from data.runs import config_sha256, read_config
+from data.runs import config_sha256, read_config, resume_command
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 
 # The sizes of Turc et al. 2019 (arXiv 1908.08962): layers, width; wide has no name there. A head is
@@ -287,7 +287,7 @@ def load(run):
     if not (run / "config.json").is_file():
         raise UserError(f"{run} is not a run folder; a run is made by  python train.py")
     if not (run / "model.pt").is_file():
-        raise UserError(f"{run} is not finished: continue with  python train.py --resume {run}")
+        raise UserError(f"{run} is not finished: continue it with  {resume_command(run)}")
     config = read_config(run)
     tokenizer = Tokenizer(run / "tokenizer.model", config["tokenizer_sha256"])
     return read_model(run / "model.pt", config), tokenizer

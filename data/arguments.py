@@ -88,7 +88,8 @@ FLAGS = {
     "Log": [
         ("log-every", 10, "above 0", "steps between log lines"),
         ("eval-every", 250, "0 or more", "steps between evaluations; 0: at start and end only"),
-        ("eval-blocks", 1024, "above 0", "held-out blocks in an evaluation"),
+        ("eval-blocks", 1024, "above 0", "held-out blocks in an evaluation: the first in the "
+         "text, so mix text that is sorted"),
         ("checkpoint-every", 250, "above 0", "steps between checkpoints"),
     ],
 }
