@@ -495,7 +495,7 @@ def test_an_unfinished_run_does_not_hide_a_table(folder, tmp_path, monkeypatch, 
     call(command(folder, "--tasks", "RTE", "--epochs", "1"), monkeypatch)
     (tmp_path / "config.json").write_bytes((folder / "self-0" / "config.json").read_bytes())
     line = refused(command(folder, runs=["random-0", tmp_path]), monkeypatch, capsys)
-    assert "is not finished: continue with python train.py --resume" in line
+    assert "is not finished: continue it with python train.py --resume" in line
     call(command(folder, "--table", runs=["random-0", tmp_path]), monkeypatch)
     out = capsys.readouterr()
     assert "left out: " in out.err and "random" in out.out
