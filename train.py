@@ -201,8 +201,7 @@ def report(args, job, state, teacher_flops, evaluating):
                  **state.stop_clock(args.batch_size * args.seq_len)}
     line |= {"flops": state.flops, "flops_with_teacher": state.flops + teacher_flops}
     if evaluating:
-        line["val_loss"], line["val_accuracy"] = masking.evaluate(
-            job.model, job.valid, job.machine)
+        line |= masking.evaluate(job.model, job.valid, job.machine)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
         # What the strategy masks, some ten times a run; the dose, which takes a forward per token,
@@ -325,8 +324,9 @@ def main():
     print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
           f"{len(valid)} held out, unigram entropy {text.unigram_entropy:.2f} nats")
     if earlier and (Path(args.out) / "model.pt").exists():  # --eval
-        loss, accuracy = masking.evaluate(load(args.out)[0].to(machine.device), valid, machine)
-        return print(f"{args.out}: held-out loss {loss:.4f} nats, accuracy {accuracy:.4f}")
+        found = masking.evaluate(load(args.out)[0].to(machine.device), valid, machine)
+        return print(f"{args.out}: held-out loss {found['val_loss']:.4f} nats, "
+                     f"accuracy {found['val_accuracy']:.4f}")
 
     job, flops, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:

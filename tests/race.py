@@ -130,7 +130,7 @@ def race(args, side, rate, seconds):
             step += 1
         wait(machine.device)
         spent += time.perf_counter() - began
-        loss, _ = masking.evaluate(model, valid, machine)
+        loss = masking.evaluate(model, valid, machine)["val_loss"]
         lowest = min(lowest, loss)
         print(f"{side} {rate:g}: step {step}, {spent:.0f} s, loss {loss:.3f}", file=sys.stderr)
         while len(reached) < len(wanted) and loss <= wanted[len(reached)]:

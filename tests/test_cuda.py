@@ -81,8 +81,8 @@ def compare(device):
                                    if w.grad is not None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            evaluated = torch.tensor(M.evaluate(
-                model, t, Namespace(autocast=nullcontext)))
+            evaluated = torch.tensor(list(M.evaluate(
+                model, t, Namespace(autocast=nullcontext)).values()))
             results.append(dict(
                 logits=logits, padded=full[a], loss=loss, gradients=gradients,
                 entropy=masked, vocabulary=mean.mean, taught=taught, bfloat16=half,

@@ -74,9 +74,33 @@ def test_evaluation_is_the_same_every_time_and_weighs_every_token():
     with torch.no_grad():
         logits = model.eval()(M.corrupt(tokens, positions, noise, 600), positions).flatten(0, 1)
     labels = tokens.gather(1, positions).flatten()
-    assert first[0] == pytest.approx(F.cross_entropy(logits.double(), labels).item(), abs=1e-5)
-    assert first[1] > 0.15
-    assert first[1] == pytest.approx((logits.argmax(-1) == labels).float().mean().item())
+    assert first["val_loss"] == pytest.approx(F.cross_entropy(logits.double(), labels).item(),
+                                              abs=1e-5)
+    assert first["val_accuracy"] > 0.15
+    assert first["val_accuracy"] == pytest.approx(
+        (logits.argmax(-1) == labels).float().mean().item())
+
+
+def test_context_gain_is_what_another_rows_context_costs_and_0_without_attention():
+    torch.manual_seed(0)
+    model, machine = Bert(Shape(600, 2, 64, 34)).eval(), Namespace(autocast=nullcontext)
+    blocks = np.random.default_rng(1).integers(5, 600, (7, 32)).astype(np.uint16)
+    tokens = corpora.with_ends(blocks)
+    positions, inputs, labels = M.mask_for_evaluation(tokens, 600)
+    own, foreign = [], []
+    with torch.no_grad():  # row by row: the places of row i, in the context of row i - 3
+        for i in range(7):
+            other = tokens[(i - 3) % 7].clone()
+            other[positions[i]] = inputs[i, positions[i]]
+            for row, losses in ((inputs[i], own), (other, foreign)):
+                logits = model.double()(row[None])[0, positions[i]]
+                losses.append(F.cross_entropy(logits, labels[i]).item())
+    gain = M.evaluate(model.float(), tokens, machine)["context_gain"]
+    assert gain == pytest.approx(np.mean(foreign) - np.mean(own), abs=1e-5) and abs(gain) > 1e-4
+    for block in model.blocks:  # nothing of the other places arrives
+        torch.nn.init.zeros_(block.attention.out.weight)
+    assert M.evaluate(model, tokens, machine)["context_gain"] == pytest.approx(0, abs=1e-6)
+    assert M.evaluate(model, tokens[:1], machine)["context_gain"] is None
 
 
 def test_flops_of_a_step_by_hand(tmp_path):

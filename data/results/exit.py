@@ -1,7 +1,7 @@
 """When does a model leave the plateau? The table and the pictures of the runs of exit.sh.
 
     python -m data.results.exit                # prints the tables, writes the pictures
-    python -m data.results.exit --keep RUN     # adds a finished run to exit.jsonl
+    python -m data.results.exit --keep RUN --to onset.jsonl     # adds a finished run to that file
 
 The exit is where the held-out loss crosses 0.9 x unigram entropy - 0.1 nats for good (plan.md).
 """
@@ -11,6 +11,7 @@ import fcntl
 import json
 import math
 import statistics
+import subprocess
 from pathlib import Path
 
 from data.confidence import paired
@@ -25,8 +26,8 @@ CONTRASTS = ("high", "static", "distill")  # fixed in plan.md; Holm's correction
 SEEDS = range(10, 19)  # theirs; seeds 0 to 2 chose the text and the budget
 
 
-def keep(run):
-    """Add the losses of a finished run to exit.jsonl, as one line."""
+def keep(run, path):
+    """Add the losses and context gains of a finished run to a .jsonl file, as one line."""
     config, flags = read_config(run), read_config(run)["flags"]
     entry = {"run": run.name, "arm": run.name.rpartition("-")[0], "seed": flags["seed"],
              "steps": flags["steps"], "corpus_tokens": flags["corpus_tokens"],
@@ -34,10 +35,13 @@ def keep(run):
              "unigram_entropy": round(config["unigram_entropy"], 4), "flops": config["flops"],
              "teacher_flops": config["teacher_flops"],
              **{name: config["starts"][0][name] for name in ("machine", "dtype", "torch", "date")}}
+    entry["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
+                                     capture_output=True).stdout.strip()
     lines = [line for line in read_log(run) if "val_loss" in line]
     entry["finished"] = (run / "model.pt").exists()  # or it diverged
     entry["loss"] = [[line["step"], round(line["val_loss"], 3)] for line in lines]
-    with open(LINES, "a") as f:
+    entry["context_gain"] = [[line["step"], round(line["context_gain"], 4)] for line in lines]
+    with open(path, "a") as f:
         fcntl.flock(f, fcntl.LOCK_EX)  # two runs may end at the same time
         f.write(json.dumps(entry) + "\n")
 
@@ -160,10 +164,11 @@ def draw(arms, ratios):
 def main():
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, metavar="RUN", help="add a finished run to exit.jsonl")
+    parser.add_argument("--keep", type=Path, metavar="RUN", help="add a finished run to a file")
+    parser.add_argument("--to", default="onset.jsonl", help="that file (default onset.jsonl)")
     args = parser.parse_args()
     if args.keep:
-        return keep(args.keep)
+        return keep(args.keep, HERE / args.to)
     if not LINES.exists():
         raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
     runs = [json.loads(line) for line in LINES.read_text().splitlines()]

@@ -25,7 +25,7 @@ train() {
     # Stopped or broken: xargs ends, and nothing is kept. A run that diverged is a result, though.
     [ -e "$run/model.pt" ] || "$PYTHON" train.py "$@" >> "$run.txt" 2>&1 ||
         tail -n 3 "$run.txt" | grep -q "is not finite" || return 255
-    if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run" || return 255; fi
+    if [[ $name != teacher-* ]]; then "$PYTHON" -m data.results.exit --keep "$run" --to exit.jsonl || return 255; fi
     echo "$(date +%H:%M) $name"
 }
 export -f train
