@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from data.arguments import EXPERIMENT
+from train import EXPERIMENT, learning_rate, make_optimizer
 from data.files import UserError, lock_folder, progress, run_script, sha256_file, sha256_json
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
@@ -42,7 +42,6 @@ from data.tasks import TASKS, batches, encode_rows, read_task
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, copy_token_type, load, read_model
-from train import learning_rate, make_optimizer
 
 # --------------------------------------------------------------------------------------------------
 # flags: name, default (None or 0: follows from others), what is allowed, help

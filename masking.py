@@ -1,16 +1,15 @@
 """Which tokens a masked language model must predict.
 
-A masking strategy asks somebody how uncertain they are about each token, and turns the answers into
-scores. The k highest-scoring tokens of each row are masked:
+A masking strategy asks a model how uncertain it is about each token, and masks the k tokens of each
+row that score highest:
 
     tokens (B, T) -> candidates (B, c) -> entropies H (B, T) -> scores (B, T) -> positions (B, k)
 
-    --masking      who is asked             random: nobody; entropy: a teacher; self: the model
-    --score-input  what they read           masked: the text without the candidates; unmasked: all;
-                                            vocabulary: nothing, a mean of earlier answers
-    --select       how H becomes a score    high, low, mid, sample, mix; rise
+    Strategy()                                     random masking: nobody is asked
+    Strategy(teacher, masked, SELECT["mix"], 2)    entropy masking: a reference model is asked
+    Strategy(model, masked, SELECT["mix"], 2)      self-masking: the model in training is asked
 
-*Where* to mask (`choose`) and *what* to put there (`corrupt`) are two functions. Both are pure: the
+*Where* to mask (a Strategy) and *what* to put there (`corrupt`) are two things. Both are pure: the
 random numbers come in as an argument, drawn by `draw` from (seed, step, row) alone.
 
 Method: Srinivasagan, Hartung, Georges, "Entropy-aware Masking for Masked Language Modeling",
@@ -18,51 +17,24 @@ Method: Srinivasagan, Hartung, Georges, "Entropy-aware Masking for Masked Langua
 
 See what each strategy does to a sentence, with the model of a run that train.py has finished:
 
-    python masking.py runs/self-0 "The function returns a new array."
-    python masking.py runs/self-0 "The function returns a new array." --html page.html
-    python masking.py runs/self-0          # how strongly every rule selects, on held-out text
+    python -m data.inspection runs/self-0 "The function returns a new array."
 
 Shapes: B rows, T tokens a row, c candidates a row, k masked tokens a row, V vocabulary.
 `places` (B, c) are where somebody is asked, `positions` (B, k) where tokens are masked.
 """
 
 import math
-import os
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-from data.files import UserError, run_script
-from data.flags import flag_parser
 from data.tokenizer import MASK, N_SPECIAL
 
 # --------------------------------------------------------------------------------------------------
-# --masking: who is asked how uncertain they are about the tokens at `places` (B, c)?
-# ask(model, tokens, places) is a --score-input, below. -> entropies (B, c) in nats
-
-
-def random_masking(ask, model, teacher, tokens, places):
-    """Ask nobody: all places are alike, and the noise that breaks ties decides. The baseline."""
-    return torch.zeros(places.shape, device=places.device)
-
-
-def entropy_masking(ask, model, teacher, tokens, places):
-    """Ask an external reference model, which was trained before (--teacher)."""
-    return ask(teacher, tokens, places)
-
-
-def self_masking(ask, model, teacher, tokens, places):
-    """Ask the model that is being trained."""
-    return ask(model, tokens, places)
-
-
-MASKING = {"random": random_masking, "entropy": entropy_masking, "self": self_masking}
-
-
-# --------------------------------------------------------------------------------------------------
-# --score-input: what they read before they answer. -> H (B, c)
+# --score-input: what a model reads before it says how uncertain it is.
+# (model, tokens (B, T), places (B, c)) -> H (B, c), nats
 
 
 def masked(model, tokens, places):
@@ -77,57 +49,11 @@ def unmasked(model, tokens, places):
     return uncertainty(model, tokens, places)
 
 
-class VocabularyMean:
-    """--score-input vocabulary, the default of self-masking: nobody reads anything. H is a running
-    mean over the vocabulary item's own predictions, without a forward. Not from the paper.
-
-    Training computes logits at the masked positions anyway; `see` keeps their entropies where
-    [MASK] was shown, and `learn` takes them in after the update. An item that was not seen yet has
-    ln V, the entropy of a model that knows nothing, so that it is tried soon. The last ~WINDOW
-    values count: entropies fall as training goes on.
-    """
-
-    WINDOW = 64
-
-    def __init__(self, vocab_size, device="cpu"):
-        self.mean = torch.full((vocab_size,), math.log(vocab_size), device=device)
-        self.seen = torch.zeros(vocab_size, device=device)
-        self.parts = []  # of this step: (N, 3) item, entropy, 1 where [MASK] was shown
-
-    def __call__(self, model, tokens, places):
-        return self.mean[tokens.gather(1, places)]
-
-    def see(self, labels, shown, logits):
-        """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""
-        H = entropies(logits.detach())
-        self.parts.append(torch.stack([labels.float(), H, (shown == MASK).float()], 1))
-
-    def learn(self, machine):
-        """Take in what was seen since the last update, by all processes. All at once, so that a
-        micro-batch is only about memory."""
-        items, H, weight = torch.cat([machine.gather_rows(p) for p in self.parts]).unbind(1)
-        items, self.parts = items.long(), []
-        n = torch.zeros_like(self.mean).index_add_(0, items, weight)
-        total = torch.zeros_like(self.mean).index_add_(0, items, weight * H)
-        self.seen += n
-        # The mean of all values while they are few, then one that forgets.
-        rate = (n / self.seen.clamp(1, self.WINDOW)).clamp_max(1)
-        self.mean += rate * (total / n.clamp_min(1) - self.mean)
-
-    def state(self):
-        return torch.stack([self.mean, self.seen])
-
-    def load_state(self, state):
-        self.mean, self.seen = state.to(self.mean.device)
-
-
-# And VocabularyMean. `once` is unmasked, too, but asked before training: train.ask_once.
-SCORE_INPUT = {"masked": masked, "unmasked": unmasked, "once": unmasked}
-
+READS = {"masked": masked, "unmasked": unmasked}
 
 # --------------------------------------------------------------------------------------------------
 # --select: how entropies become scores. H (B, T) is nan where no candidate is; noise (B, T, 5) is
-# uniform; k tokens will be taken. -> scores (B, T), where nan is never taken
+# uniform; k tokens will be taken. -> scores (B, T); nan is never taken
 
 # What each of a token's five numbers decides. Where to mask: who is in the pool; the order of equal
 # scores; the random part of `mix` and `sample`. What is shown: [MASK], another or the same; which
@@ -163,46 +89,6 @@ def mix(H, noise, k):
 SELECT = {rule.__name__: rule for rule in (high, low, mid, sample, mix)}
 
 
-def rise(q):
-    """Beyond the paper, easy first: a rule that takes the entropies nearest to the share q of the
-    row's candidates, in order of entropy. train.py lets q rise from 1/4 to 3/4 (--select rise)."""
-    def rule(H, noise, k):
-        candidates = (~H.isnan()).sum(1, keepdim=True)
-        shuffled = noise[..., TIES].argsort(dim=1)  # equal entropies: in random order
-        order = H.nan_to_num(nan=torch.inf).gather(1, shuffled).argsort(dim=1, stable=True)
-        rank = shuffled.gather(1, order).argsort(dim=1)  # of each token, 0: the lowest entropy
-        return (-((rank + 0.5) / candidates - q).abs()).masked_fill(H.isnan(), math.nan)
-
-    return rule
-
-
-# --------------------------------------------------------------------------------------------------
-# where to mask, and what to put there
-
-
-def choose(tokens, k, score, select, pool, noise):
-    """Decide where to mask: tokens (B, T) -> positions (B, k), in ascending order.
-
-    score   function (tokens, places) -> H (B, c): a --masking function without its first arguments
-    select  a name in SELECT, or a rule of that kind
-    pool    candidates are a random pool of pool * k tokens a row, a new one each time: without it
-            (0: every token) the same hard tokens would be masked whenever their row is read
-    noise   (B, T, 5), from draw
-    Special tokens are never chosen: every row must have max(1, pool) * k others.
-    """
-    B, T = tokens.shape
-    ordinary = tokens >= N_SPECIAL
-    if pool:
-        anywhere = noise[..., POOL].masked_fill(~ordinary, -1.0)
-        places = anywhere.topk(pool * k).indices.sort().values  # (B, c)
-    else:
-        places = torch.arange(1, T - 1, device=tokens.device).expand(B, -1)
-    nowhere = torch.full((B, T), math.nan, device=tokens.device)
-    H = nowhere.scatter(1, places, score(tokens, places)).masked_fill(~ordinary, math.nan)
-    scores = SELECT.get(select, select)(H, noise, k).masked_fill(~ordinary, math.nan)
-    return highest(scores, k, noise[..., TIES])
-
-
 def highest(scores, k, noise):
     """Positions (B, k) of the k highest scores of each row (B, T), in ascending order; nan is last.
 
@@ -213,6 +99,46 @@ def highest(scores, k, noise):
     scores = scores.nan_to_num(nan=-torch.inf).gather(1, shuffled)
     ranks = scores.argsort(dim=1, descending=True, stable=True)
     return shuffled.gather(1, ranks[:, :k]).sort(dim=1).values
+
+
+# --------------------------------------------------------------------------------------------------
+# where to mask
+
+
+@dataclass
+class Strategy:
+    """Where to mask: who is asked, what they read, how their answers become a choice."""
+
+    model: object = None  # who is asked: a Bert
+    reads: Callable | None = None  # what they read; None: nobody is asked, all places are alike
+    select: Callable = high  # (H, noise, k) -> scores
+    # Candidates are a random pool of pool * k tokens a row, a new one each time. Without it (0:
+    # every token) the same hard tokens would be masked whenever their row is read.
+    pool: int = 0
+
+    def __call__(self, tokens, k, noise):
+        """tokens (B, T), noise (B, T, 5) of `draw` -> positions (B, k), in ascending order.
+
+        Special tokens are never chosen: every row must have max(1, pool) * k others.
+        """
+        B, T = tokens.shape
+        ordinary = tokens >= N_SPECIAL
+        if self.pool:
+            anywhere = noise[..., POOL].masked_fill(~ordinary, -1.0)
+            places = anywhere.topk(self.pool * k).indices.sort().values  # (B, c)
+        else:
+            places = torch.arange(1, T - 1, device=tokens.device).expand(B, -1)
+        asked = torch.zeros(places.shape, device=tokens.device)
+        if self.reads:
+            asked = self.reads(self.model, tokens, places)  # (B, c)
+        nowhere = torch.full((B, T), math.nan, device=tokens.device)
+        H = nowhere.scatter(1, places, asked).masked_fill(~ordinary, math.nan)
+        scores = self.select(H, noise, k).masked_fill(~ordinary, math.nan)
+        return highest(scores, k, noise[..., TIES])
+
+
+# --------------------------------------------------------------------------------------------------
+# what to put there
 
 
 def corrupt(tokens, positions, noise, vocab_size):
@@ -235,7 +161,7 @@ def mask_count(rate, T):
 # random numbers: pure functions of (seed, step, row)
 
 
-ORDER, NOISE, DROPOUT, STATIC = range(4)  # streams; the first is that of data/corpus.py
+NOISE, DROPOUT, STATIC = 1, 2, 3  # streams; 0 is the order of the text, in data/corpus.py
 
 
 def draw(seed, step, rows, T, stream=NOISE):
@@ -244,11 +170,14 @@ def draw(seed, step, rows, T, stream=NOISE):
     return torch.from_numpy(generator.random((rows, T, 5), dtype=np.float32))
 
 
-def keep_places(noise, seed, blocks):
-    """--static: make the noise (B, T, 5) that chooses places a function of the block's number
-    instead of the step, so that a block is masked alike in every epoch. What is shown there still
-    differs. blocks (B,): the numbers in the training text. -> (B, T, 5)"""
-    fixed = torch.cat([draw(seed, int(block), 1, noise.shape[1], STATIC) for block in blocks])
+def draw_blocks(seed, blocks, T):
+    """(B, T, 5) numbers that belong to the blocks (B,) of the training text, whatever the step."""
+    return torch.cat([draw(seed, int(block), 1, T, STATIC) for block in blocks])
+
+
+def keep_places(noise, fixed):
+    """--static: take the numbers that choose places from `fixed`, so that a block is masked alike
+    in every epoch. What is shown there still differs. Both (B, T, 5) -> (B, T, 5)"""
     return torch.cat((fixed[..., :WHICH], noise[..., WHICH:]), -1)
 
 
@@ -297,84 +226,3 @@ def uncertainty(model, inputs, places):
         H = torch.cat([entropies(model.logits(part)) for part in hidden.split(rows)])
     model.train(was_training)
     return H.view_as(places).clone()  # a clone outside inference mode is an ordinary tensor
-
-
-# --------------------------------------------------------------------------------------------------
-# how well a model predicts: the same held-out masks for all
-
-EVAL_SEED = 260528526  # one constant: every arm, seed and restart is evaluated on the same masks
-EVAL_RATE = 0.15  # whatever the training rate
-
-
-def mask_for_evaluation(tokens, vocab_size):
-    """tokens (N, T) -> positions (N, k), inputs (N, T), labels (N, k); the same masks always."""
-    k, noise = mask_count(EVAL_RATE, tokens.shape[1]), draw(EVAL_SEED, 0, *tokens.shape)
-    noise = noise.to(tokens.device)
-    positions = choose_at_random(tokens, k, noise)
-    return positions, corrupt(tokens, positions, noise, vocab_size), tokens.gather(1, positions)
-
-
-def choose_at_random(tokens, k, noise):
-    """Positions (B, k) as --masking random chooses them: nobody is asked, every token is a
-    candidate, all scores are equal, and the noise that breaks ties decides."""
-    nobody = partial(random_masking, None, None, None)  # no ask, no model, no teacher
-    return choose(tokens, k, nobody, "high", 0, noise)
-
-
-@torch.inference_mode()
-def evaluate(model, tokens, machine):
-    """How well a model predicts tokens (N, T) at 15 % random masks, the same every time -> a dict:
-
-    val_loss      mean cross-entropy in nats
-    val_accuracy  share of the masked tokens that it ranks first
-    context_gain  nats by which the loss rises when the rest of each row is another row's: what the
-                  model gains from context, 0 if it uses none. None where there is one row.
-
-    Leaves eval mode on.
-    """
-    model.eval()
-    positions, inputs, labels = mask_for_evaluation(tokens, model.shape.vocab_size)
-    # Half of all rows away: the neighbours of a row are of the same document, and on its topic.
-    foreign = tokens.roll(len(tokens) // 2, 0).scatter(1, positions, inputs.gather(1, positions))
-    loss = loss_without = right = 0
-    for x, other, p, y in zip(*(t.split(64) for t in (inputs, foreign, positions, labels))):
-        with machine.autocast():
-            logits = model(x, p).flatten(0, 1).float()
-        loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-        right += (logits.argmax(-1) == y.flatten()).sum().item()
-        if len(tokens) > 1:
-            with machine.autocast():
-                logits = model(other, p).flatten(0, 1).float()
-            loss_without += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-    n = labels.numel()
-    return {"val_loss": loss / n, "val_accuracy": right / n,
-            "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
-
-
-# --------------------------------------------------------------------------------------------------
-
-
-def main():
-    parser = flag_parser("python masking.py RUN [SENTENCE] [FLAGS]", __doc__)
-    parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
-    parser.add_argument("sentence", nargs="*", default=[], help="what to look at, in quotes; "
-                        "without one: a table of what every rule masks, in a minute or two")
-    parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
-    parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
-    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
-    args = parser.parse_args()
-    if not args.run or args.blocks < 1 or len(args.sentence) != 1 and (args.sentence or args.html):
-        raise UserError('give a run folder and a sentence in quotes:  python masking.py RUN "A '
-                        'sentence."  A run is made in minutes by  python train.py --masking self')
-    from data import inspection  # it imports this file
-    args.run = os.path.expanduser(args.run)
-    if args.sentence:
-        args.sentence, = args.sentence
-        inspection.demonstrate(args)
-    else:
-        inspection.show_doses(args.run, args.blocks)
-
-
-if __name__ == "__main__":
-    run_script(main)

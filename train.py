@@ -7,7 +7,7 @@
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
     torchrun --nproc-per-node=2 train.py         # several GPUs, each with a share of the batch
 
-The method is in update() and where_to_mask(). The flags, `args`, are listed in data/arguments.py.
+The method is update(). The flags, `args`, are listed at the end of this file.
 
 A run is a folder: config.json, tokenizer.model, log.jsonl, checkpoint.pt, model.pt.
 Every random draw is a function of (seed, step, row or micro-batch): on a CPU, with the same torch,
@@ -16,6 +16,7 @@ threads and flags and without --compile, a resumed run equals an uninterrupted o
 
 import json
 import math
+import os
 import shlex
 import signal
 import sys
@@ -29,13 +30,15 @@ from torch import nn
 
 import masking
 from data import corpus
-from data.arguments import parse_args
 from data.files import UserError, catch_signals, out_of_memory, progress, run_script
+from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
-from data.machine import RANK, WORLD, Machine
+from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    WITHOUT_CONTEXT, NotFinite, Run, State, less_memory, load_text, read_config, resume_command,
+    WITHOUT_CONTEXT, NotFinite, Run, State, check_new, less_memory, open_earlier, read_config,
+    resume_command,
 )
+from data.vocabulary import VocabularyMean
 from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flops, load
 
 # --------------------------------------------------------------------------------------------------
@@ -53,39 +56,25 @@ class Job:
     forward: object  # the same, as torch.compile and several processes need it
     teacher: Bert | None
     optimizer: torch.optim.Optimizer
-    means: masking.VocabularyMean | None  # --score-input vocabulary
-    answers: torch.Tensor | None  # (N, T) --score-input once: entropies of the training text
+    strategy: masking.Strategy  # where to mask, after --init-frac
+    means: VocabularyMean | None  # --score-input vocabulary: what the strategy reads
 
 
-def plan(args, step):
-    """-> (k masked tokens a row; are entropies asked for; does the teacher teach) at this step."""
-    rate = (args.mask_rate
-            + (args.mask_rate_end - args.mask_rate) * min(step, args.steps - 1) / args.steps)
-    after_init = step >= args.init_frac * args.steps
-    return (masking.mask_count(rate, args.seq_len), args.masking != "random" and after_init,
-            args.distill == "complete" or (args.distill == "after-init" and after_init))
+def masks_per_row(args, step):
+    """k, the number of masked tokens in a row."""
+    done = min(step, args.steps - 1) / args.steps
+    rate = args.mask_rate + (args.mask_rate_end - args.mask_rate) * done
+    return masking.mask_count(rate, args.seq_len)
 
 
-def where_to_mask(args, job, step, tokens, noise, blocks=None):
-    """tokens (B, T), noise (B, T, 5) -> positions (B, k) that this step's strategy masks.
-    blocks (B,): their numbers in the training text, where they are from there."""
-    k, asking, _ = plan(args, step)
-    if not asking:
-        return masking.choose_at_random(tokens, k, noise)
+def after_init(args, step):
+    """Is the part of the run over that masks at random first?"""
+    return step >= args.init_frac * args.steps
 
-    select = args.select
-    if select == "rise":  # a quarter to three quarters, over the steps that ask
-        first = args.init_frac * args.steps
-        select = masking.rise(0.25 + 0.5 * (step - first) / max(1, args.steps - first))
 
-    def score(tokens, places):
-        if job.answers is not None and blocks is not None:
-            return job.answers[blocks].gather(1, places)
-        ask = job.means or masking.SCORE_INPUT[args.score_input]
-        return masking.MASKING[args.masking](ask, job.model, job.teacher, tokens, places)
-
-    with job.machine.autocast():
-        return masking.choose(tokens, k, score, select, args.pool, noise)
+def teaching(args, step):
+    """Does the teacher teach at this step?"""
+    return args.distill == "complete" or args.distill == "after-init" and after_init(args, step)
 
 
 def update(args, job, step):
@@ -95,15 +84,18 @@ def update(args, job, step):
     tokens = corpus.with_ends(job.text.train[blocks]).to(job.machine.device)  # (B, T)
     noise = masking.draw(args.seed, step, *tokens.shape)  # (B, T, 5)
     if args.static:
-        noise = masking.keep_places(noise, args.seed, blocks)
+        noise = masking.keep_places(noise, masking.draw_blocks(args.seed, blocks, args.seq_len))
     noise = noise.to(job.machine.device)
     for group in job.optimizer.param_groups:
         group["lr"] = learning_rate(step, args.steps, args.lr, args.warmup_frac, args.decay_frac)
-    total, (_, _, teaching) = 0.0, plan(args, step)
+    strategy = job.strategy if after_init(args, step) else masking.Strategy()
+    k = masks_per_row(args, step)
+    total = 0.0
     for rows, weight in job.machine.micro_batches(args.batch_size, args.micro_batch):
         # 1. Where: k tokens of each row, as the strategy chooses. It may ask the model here.
         x = tokens[rows]  # (b, T)
-        positions = where_to_mask(args, job, step, x, noise[rows], blocks[rows])  # (b, k)
+        with job.machine.autocast():
+            positions = strategy(x, k, noise[rows])  # (b, k)
         # 2. What stands there instead: [MASK], another token, or the same.
         inputs = masking.corrupt(x, positions, noise[rows], job.model.shape.vocab_size)  # (b, T)
         labels = x.gather(1, positions).flatten()  # (b k,)
@@ -114,7 +106,7 @@ def update(args, job, step):
         logits = logits.float()
         loss = F.cross_entropy(logits, labels)
         total += weight * loss.detach()
-        if teaching:  # --distill: match the teacher's whole distribution at the same places, too
+        if teaching(args, step):  # match the teacher's whole distribution there, too
             with torch.no_grad(), job.machine.autocast():
                 taught = job.teacher(inputs, positions).flatten(0, 1)
             loss = (1 - args.alpha) * loss + args.alpha * distillation_loss(
@@ -162,17 +154,16 @@ def make_optimizer(model, lr, weight_decay, embedding_lr=None):
         groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
 
-def count_flops(args, shape, teacher, steps):
+def count_flops(args, job, steps):
     """Matrix-multiply FLOPs of these steps: training, and the forwards that score and teach."""
-    asked = teacher.shape if args.masking == "entropy" else shape
-    total = 0
+    asked, T, total = job.strategy.model, args.seq_len, 0
     for step in steps:
-        k, asking, teaching = plan(args, step)
-        total += 3 * forward_flops(shape, args.seq_len, k)
-        if asking and args.score_input not in ("vocabulary", "once"):
-            total += forward_flops(asked, args.seq_len, args.pool * k or args.seq_len - 2)
-        if teaching:
-            total += forward_flops(teacher.shape, args.seq_len, k)
+        k = masks_per_row(args, step)
+        total += 3 * forward_flops(job.model.shape, T, k)
+        if asked and after_init(args, step):
+            total += forward_flops(asked.shape, T, args.pool * k or T - 2)
+        if teaching(args, step):
+            total += forward_flops(job.teacher.shape, T, k)
     return args.batch_size * total
 
 
@@ -180,11 +171,55 @@ def steps_for(flops, args, job):
     """How many steps spend these FLOPs. What a step costs depends on the share of the run that is
     over: the mean over a run of 1000 steps stands for any length."""
     if flops <= 0:
-        raise UserError("--flops-of leaves nothing beyond what is spent before the first update "
-                        "(the run of --init-from, --score-input once)")
+        raise UserError("--flops-of leaves nothing beyond what the run of --init-from has spent")
     short = Namespace(**{**vars(args), "steps": 1000})
-    return max(1, round(1000 * flops / count_flops(
-        short, job.model.shape, job.teacher, range(1000))))
+    return max(1, round(1000 * flops / count_flops(short, job, range(1000))))
+
+
+# --------------------------------------------------------------------------------------------------
+# how well a model predicts: the same held-out masks for all
+
+EVAL_SEED = 260528526  # one constant: every arm, seed and restart is evaluated on the same masks
+EVAL_RATE = 0.15  # whatever the training rate
+
+
+def mask_for_evaluation(tokens, vocab_size):
+    """tokens (N, T) -> positions (N, k), inputs (N, T), labels (N, k); the same masks always."""
+    k = masking.mask_count(EVAL_RATE, tokens.shape[1])
+    noise = masking.draw(EVAL_SEED, 0, *tokens.shape).to(tokens.device)
+    positions = masking.Strategy()(tokens, k, noise)
+    inputs = masking.corrupt(tokens, positions, noise, vocab_size)
+    return positions, inputs, tokens.gather(1, positions)
+
+
+@torch.inference_mode()
+def evaluate(model, tokens, machine):
+    """How well a model predicts tokens (N, T) at 15 % random masks, the same every time -> a dict:
+
+    val_loss      mean cross-entropy in nats
+    val_accuracy  share of the masked tokens that it ranks first
+    context_gain  nats by which the loss rises when the rest of each row is another row's: what the
+                  model gains from context, 0 if it uses none. None where there is one row.
+
+    Leaves eval mode on.
+    """
+    model.eval()
+    positions, inputs, labels = mask_for_evaluation(tokens, model.shape.vocab_size)
+    # Half of all rows away: the neighbours of a row are of the same document, and on its topic.
+    foreign = tokens.roll(len(tokens) // 2, 0).scatter(1, positions, inputs.gather(1, positions))
+    loss = loss_without = right = 0
+    for x, other, p, y in zip(*(t.split(64) for t in (inputs, foreign, positions, labels))):
+        with machine.autocast():
+            logits = model(x, p).flatten(0, 1).float()
+        loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+        right += (logits.argmax(-1) == y.flatten()).sum().item()
+        if len(tokens) > 1:
+            with machine.autocast():
+                logits = model(other, p).flatten(0, 1).float()
+            loss_without += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+    n = labels.numel()
+    return {"val_loss": loss / n, "val_accuracy": right / n,
+            "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -201,22 +236,28 @@ def report(args, job, state, teacher_flops, evaluating):
                  **state.stop_clock(args.batch_size * args.seq_len)}
     line |= {"flops": state.flops, "flops_with_teacher": state.flops + teacher_flops}
     if evaluating:
-        line |= masking.evaluate(job.model, job.valid, job.machine)
+        line |= evaluate(job.model, job.valid, job.machine)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
         # What the strategy masks, some ten times a run; the dose, which takes a forward per token,
         # half way and at the end.
         every = args.eval_every or args.steps
-        tenth, half = (every * max(1, round(args.steps / n / every)) for n in (10, 2))
-        if state.step % tenth == 0 or state.step in (half, args.steps):
-            kinds = token_kinds(job.text.tokenizer.pieces, job.text.counts)
-            with job.machine.autocast():
-                line["masked"] = diagnose(
-                    job.model, job.valid[:64], plan(args, state.step)[0],
-                    lambda tokens, noise: where_to_mask(args, job, state.step, tokens, noise),
-                    kinds, job.means, with_dose=state.step in (half, args.steps))
+        tenth = every * max(1, round(args.steps / 10 / every))
+        half = every * max(1, round(args.steps / 2 / every))
+        if due(tenth, state.step) or state.step in (half, args.steps):
+            with_dose = state.step in (half, args.steps)
+            line["masked"] = describe_masks(args, job, state.step, with_dose)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
+
+
+def describe_masks(args, job, step, with_dose):
+    """What is masked at this step, on held-out text: see diagnose()."""
+    strategy = job.strategy if after_init(args, step) else masking.Strategy()
+    kinds = token_kinds(job.text.tokenizer.pieces, job.text.counts)
+    with job.machine.autocast():
+        return diagnose(job.model, job.valid[:64], masks_per_row(args, step), strategy, kinds,
+                        job.means, args.static, with_dose)
 
 
 def load_other(args, flag, text):
@@ -243,55 +284,59 @@ def build(args, machine, text, valid):
     teacher, teacher_flops = load_other(args, "teacher", text)
     origin, flops = load_other(args, "init_from", text)
     torch.manual_seed(args.seed)
-    layers, width = args.layers or SIZES[args.size][0], args.width or SIZES[args.size][1]
+    layers = args.layers or SIZES[args.size][0]
+    width = args.width or SIZES[args.size][1]
     model = Bert(Shape(text.tokenizer.vocab_size, layers, width, args.seq_len, args.positions,
                        args.rotary_base, args.local_start, args.init_std, args.dropout))
     if origin:
         copy_weights(model, origin)
     model.to(machine.device)
-    forward, means = machine.parallel(model), None
+    if teacher:
+        teacher.to(machine.device)
+    forward = machine.parallel(model)
     if args.compile:
         forward = machine.compile(forward)
-    if args.score_input == "vocabulary":
-        means = masking.VocabularyMean(model.shape.vocab_size, machine.device)
-    teacher, answers = teacher and teacher.to(machine.device), None
-    if args.score_input == "once":
-        answers = ask_once(args, machine, teacher, text.train)
-        flops += len(text.train) * forward_flops(teacher.shape, args.seq_len, args.seq_len - 2)
-    job = Job(
-        machine=machine, text=text, valid=valid, model=model, forward=forward, teacher=teacher,
-        optimizer=make_optimizer(model, args.lr, args.weight_decay), means=means, answers=answers)
+    strategy, means = make_strategy(args, model, teacher)
+    job = Job(machine, text, valid, model, forward, teacher,
+              make_optimizer(model, args.lr, args.weight_decay), strategy, means)
     return job, flops, teacher_flops
 
 
-def ask_once(args, machine, teacher, blocks):
-    """--score-input once -> the teacher's entropies of the training text (N, T), nats. Neither of
-    the two changes, so a text that is read in many epochs need not be asked about in each."""
-    H = torch.full((len(blocks), args.seq_len), math.nan, device=machine.device)
-    for first in progress(range(0, len(blocks), 64), desc="asking the teacher", unit=" batches",
-                          disable=RANK > 0):
-        tokens = corpus.with_ends(blocks[first:first + 64]).to(machine.device)
-        places = torch.arange(1, args.seq_len - 1, device=machine.device).expand(len(tokens), -1)
-        with machine.autocast():
-            H[first:first + 64, 1:-1] = masking.unmasked(teacher, tokens, places)
-    return H
+def make_strategy(args, model, teacher):
+    """-> (the masking.Strategy of the flags; the VocabularyMean that it reads, or None)"""
+    select = masking.SELECT[args.select]
+    if args.masking == "random":
+        return masking.Strategy(select=select), None
+    if args.score_input == "vocabulary":
+        # An item that was not seen yet has ln V, the entropy of a model that knows nothing: it is
+        # tried soon.
+        V = model.shape.vocab_size
+        means = VocabularyMean(lambda logits, labels: masking.entropies(logits), math.log(V), V,
+                               next(model.parameters()).device)
+        return masking.Strategy(None, means, select, args.pool), means
+    asked = teacher if args.masking == "entropy" else model
+    return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool), None
+
+
+def due(every, step):
+    """Is it time for what happens every so many steps? 0: never."""
+    return every > 0 and step % every == 0
 
 
 def train(args, job, run, state):
     """The loop -> 0 at the end of the run, or the number of the signal that stopped it."""
     first = state.step
     signals = catch_signals()  # a list: a signal asks for a stop after the step
-    bar = progress(total=args.steps, initial=state.step, desc=run.path.name, unit=" steps",
+    bar = progress(total=args.steps, initial=first, desc=run.path.name, unit=" steps",
                    disable=RANK > 0)
     with bar:
         while True:  # steps + 1 rounds, of which the last only reports and saves
+            step = state.step
             stopping = job.machine.any(bool(signals))
-            last = stopping or state.step == args.steps
-            evaluating = state.step in (0, args.steps) or (
-                args.eval_every and state.step % args.eval_every == 0)
-            reporting = state.step != state.logged and (
-                evaluating or state.step % args.log_every == 0)
-            saving = last or (state.step != first and state.step % args.checkpoint_every == 0)
+            last = stopping or step == args.steps
+            evaluating = step in (0, args.steps) or due(args.eval_every, step)
+            reporting = step != state.logged and (evaluating or due(args.log_every, step))
+            saving = last or (step != first and due(args.checkpoint_every, step))
             if reporting or saving:
                 state.average_pending(job.machine)
             if reporting:
@@ -300,7 +345,7 @@ def train(args, job, run, state):
                 if "train_loss" in line:
                     bar.set_postfix(loss=f"{line['train_loss']:.2f}", refresh=False)
                 if evaluating:
-                    bar.write(f"step {state.step:6}  held-out loss {line['val_loss']:.3f} (unigram "
+                    bar.write(f"step {step:6}  held-out loss {line['val_loss']:.3f} (unigram "
                               f"entropy {job.text.unigram_entropy:.3f})  accuracy "
                               f"{line['val_accuracy']:.3f}")
             if saving:
@@ -309,32 +354,32 @@ def train(args, job, run, state):
                 if not stopping:
                     return 0
                 return signals[0] if signals else signal.SIGTERM  # only another process had one
-            state.pending.append(update(args, job, state.step))
-            state.flops += count_flops(args, job.model.shape, job.teacher, [state.step])
+            state.pending.append(update(args, job, step))
+            state.flops += count_flops(args, job, [step])
             state.step += 1
             bar.update()
 
 
 def main():
-    args, earlier = parse_args(description=__doc__)
+    args, earlier, only_evaluate = parse_args()
     machine = Machine(args)
     print(f"machine: {WORLD} x {machine.about}")
-    text = load_text(args, earlier, machine)
+    text = corpus.load_text(args, earlier, machine)
     valid = corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device)  # (N, T)
     print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
           f"{len(valid)} held out, unigram entropy {text.unigram_entropy:.2f} nats")
-    if earlier and (Path(args.out) / "model.pt").exists():  # --eval
-        found = masking.evaluate(load(args.out)[0].to(machine.device), valid, machine)
+    if only_evaluate:
+        found = evaluate(load(args.out)[0].to(machine.device), valid, machine)
         return print(f"{args.out}: held-out loss {found['val_loss']:.4f} nats, "
                      f"accuracy {found['val_accuracy']:.4f}")
 
-    job, flops, teacher_flops = build(args, machine, text, valid)
+    job, spent, teacher_flops = build(args, machine, text, valid)
     if args.flops_of and not earlier:
-        args.steps = steps_for(read_config(args.flops_of)["flops"] - flops, args, job)
-    state = State(flops=flops)
-    flops += count_flops(args, job.model.shape, job.teacher, range(args.steps))
-    run = machine.in_turn(lambda: Run(args, job, earlier, flops, teacher_flops))
-    state = run.restore(job, state)
+        args.steps = steps_for(read_config(args.flops_of)["flops"] - spent, args, job)
+    flops = spent + count_flops(args, job, range(args.steps))  # of the whole run
+    run = Run(args, job, earlier, EXPERIMENT, flops, teacher_flops)
+    machine.in_turn(lambda: run.open(job))
+    state = run.restore(job, State(flops=spent))
     if earlier:
         print(f"{args.out}: going on after step {state.step}")
     try:
@@ -360,7 +405,204 @@ def main():
         hint = ": no context is used yet, train for more --steps" if stuck else ""
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
               f"({loss - H:+.2f}){hint}\nsee what it masks:  "
-              f'python masking.py {shlex.quote(args.out)} "The function returns an array."')
+              f'python -m data.inspection {shlex.quote(args.out)} "The function returns an array."')
+
+
+# --------------------------------------------------------------------------------------------------
+# the flags: name, default (the laptop preset; None: it follows from others), what is allowed, help
+
+FLAGS = {
+    "Run": [
+        ("out", "", "path", "run folder, never overwritten (default runs/<masking>-<seed>)"),
+        ("seed", 0, "below 2^63", "of initial weights, data order and masks: pair arms by it"),
+    ],
+    "Data": [
+        ("corpus", "docs", "path", "docs: the English in your Python, torch and numpy; wikitext2, "
+         "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2) or a folder "
+         "of them, a paragraph a line, a blank line between documents"),
+        ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
+        ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus"),
+        ("seq-len", 128, "from 16 to 65536", "tokens in a block, [CLS] and [SEP] included"),
+    ],
+    "Model": [
+        ("size", "tiny", tuple(SIZES), "layers and width, as python model.py lists them"),
+        ("layers", 0, "0 or more", "overrides --size; 0: as the size says"),
+        ("width", 0, "0 or more", "overrides --size, a multiple of 64; 0: as the size says"),
+        ("positions", "rotary", ("rotary", "learned"), "learned is BERT as published"),
+        ("rotary-base", 100.0, "above 0", "frequency base of rotary positions; small is local"),
+        ("local-start", 1.0, "0 or more", "initial query and key bias, with rotary; 0: off"),
+        ("init-std", 0.05, "above 0", "deviation of the initial weights; BERT: 0.02"),
+        ("dropout", 0.0, "from 0 to below 1", "on embeddings, attention, block outputs; BERT: 0.1"),
+        ("init-from", "", "path", "begin with the weights of this finished run (every second layer "
+         "of a deeper one); optimiser, schedule and step are new"),
+    ],
+    "Masking": [
+        ("masking", "self", ("random", "entropy", "self"), "anywhere; where a --teacher is "
+         "uncertain; where the model in training is"),
+        ("teacher", "", "path", "finished run that is asked (--masking entropy) and that teaches "
+         "(--distill): the paper's external reference model"),
+        ("score-input", "masked", (*masking.READS, "vocabulary"), "what is read. masked: the text, "
+         "its candidates hidden; unmasked: all of it; vocabulary (self): nothing, a running mean "
+         "of the vocabulary item is looked up"),
+        ("select", None, tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
+         "row's median, in proportion, half highest and half random (default mix)"),
+        ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
+        ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
+         "(self: 0.15, else 0)"),
+        ("static", False, None, "a block is masked at the same places in every epoch"),
+        ("mask-rate", 0.15, "above 0 and at most 1", "share of the tokens that are masked"),
+        ("mask-rate-end", None, "above 0 and at most 1", "reached linearly (default: constant)"),
+    ],
+    "Distillation": [
+        ("distill", "off", ("off", "complete", "after-init"), "learn from the --teacher, too: "
+         "never, always, or after --init-frac"),
+        ("alpha", 0.5, "above 0 and at most 1", "weight of the teacher against the true tokens"),
+        ("tau", 2.0, "above 0", "temperature of both distributions"),
+    ],
+    "Optimisation": [
+        ("steps", 2500, "above 0", "updates in the whole run"),
+        ("flops-of", "", "path", "instead of --steps: the FLOPs that this finished run spent"),
+        ("batch-size", 16, "above 0", "blocks in an update: part of the method"),
+        ("lr", None, "above 0", "peak learning rate (default 3e-3, from width 256 on 1e-3)"),
+        ("warmup-frac", 0.05, "from 0 to below 1", "share of the run over which the rate rises"),
+        ("decay-frac", 1.0, "from 0 to 1", "share of the run, its end, over which the rate falls "
+         "to 0; 1: from the warm-up on; 0: it never falls"),
+        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings, not of vectors"),
+        ("clip", 1.0, "above 0", "largest norm of the gradient"),
+    ],
+    "Machine": [
+        *MACHINE_FLAGS,
+        ("micro-batch", 0, "0 or more", "blocks in a forward, for less memory; divides the batch"),
+        ("compile", False, None, "torch.compile the training forward (not bit for bit)"),
+        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
+         "where prepared corpora are kept"),
+    ],
+    "Log": [
+        ("log-every", 10, "above 0", "steps between log lines"),
+        ("eval-every", 250, "0 or more", "steps between evaluations; 0: at start and end only"),
+        ("eval-blocks", 1024, "above 0", "held-out blocks in an evaluation: the first in the "
+         "text, so mix text that is sorted"),
+        ("checkpoint-every", 250, "above 0", "steps between checkpoints"),
+    ],
+}
+DEFAULTS = defaults(FLAGS)
+# The flags that are the experiment: runs of one arm agree in them.
+EXPERIMENT = {name for group in FLAGS if group not in ("Run", "Machine", "Log")
+              for name in defaults({group: FLAGS[group]})}
+# What may change when a run goes on. A corpus, teacher or origin that moved is known by its hash.
+MAY_CHANGE = set(defaults({"": FLAGS["Machine"]})) - {"dtype"} | {"corpus", "teacher", "init_from"}
+
+LONG = dict(  # why these: data/results/LOG.md
+    corpus="wikitext103", mask_rate=0.3, decay_frac=1 / 8, checkpoint_every=1000)
+PRESETS = {
+    "laptop": {},  # the defaults: minutes on two cores
+    "laptop-long": LONG | dict(  # --masking random: an hour in bfloat16, float32 half as fast
+        size="wide", steps=32_000, warmup_frac=1 / 160, eval_every=2000),
+    "gpu": LONG | dict(  # an H100: half an hour, estimated; some 20 epochs, so with dropout
+        size="small", vocab_size=30522, dropout=0.1, init_std=0.02, batch_size=256,
+        steps=80_000, warmup_frac=1 / 160, eval_every=1000, compile=True),
+    "paper": dict(  # our literal guess from the abstract and the author's public model cards
+        corpus="wikitext103", size="small", vocab_size=30522, seq_len=512, positions="learned",
+        init_std=0.02, dropout=0.1, select="high", score_input="unmasked", pool=0, init_frac=0.0,
+        batch_size=200, lr=1e-4, steps=28_600, warmup_frac=10_000 / 28_600, eval_every=1000,
+        checkpoint_every=1000),
+}
+
+
+def settle(args):
+    """The defaults that follow from other flags."""
+    if args.init_frac is None:
+        args.init_frac = 0.15 if args.masking == "self" else 0.0
+    if args.select is None:
+        args.select = "high" if args.masking == "random" else "mix"
+    if args.lr is None:  # measured on tiny, wide and mini: data/results/LOG.md
+        args.lr = 3e-3 if (args.width or SIZES[args.size][1]) < 256 else 1e-3
+    if args.mask_rate_end is None:
+        args.mask_rate_end = args.mask_rate
+    args.out = args.out or f"runs/{args.masking}-{args.seed}"
+
+
+def check_flags(args, given):
+    """Refuse flags that contradict each other. `given`: the names of those that the user typed;
+    None: the flags of an earlier run, whose --corpus, --teacher and --init-from may have moved."""
+    new, given = given is not None, given or set()
+    asking, distilling = args.masking != "random", args.distill != "off"
+    share, rest = divmod(args.batch_size, WORLD)
+    candidates = masking.mask_count(max(args.mask_rate, args.mask_rate_end), args.seq_len)
+    candidates *= max(1, args.pool) if asking else 1
+    for wrong, message in (
+        (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
+        (not asking and given & {"score_input", "pool"},
+         "--score-input and --pool need entropies: --masking self or entropy"),
+        (not asking and args.init_frac and args.distill != "after-init",
+         "--init-frac with --masking random means something only with --distill after-init"),
+        (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
+        (asking and not args.pool and args.score_input == "masked", "--pool 0 with --score-input "
+         "masked would hide whole rows: give --pool 2, or --score-input unmasked"),
+        (args.masking == "entropy" and args.score_input == "vocabulary",
+         "--score-input vocabulary is learned by the model in training: use --masking self"),
+        (args.masking == "self" and args.static, "--static masks a block alike in every epoch, and "
+         "the model in training changes its mind: use --masking random or entropy"),
+        ((args.masking == "entropy" or distilling) and not args.teacher, "--masking entropy and "
+         "--distill need --teacher RUN, for example one of  python train.py --masking random"),
+        (args.teacher and args.masking != "entropy" and not distilling,
+         "nothing uses --teacher: add --masking entropy or --distill complete"),
+        (args.distill == "after-init" and not args.init_frac,
+         "--distill after-init begins where --init-frac ends: give it a value above 0"),
+        (not distilling and given & {"alpha", "tau"}, "--alpha and --tau need --distill"),
+        (args.positions == "learned" and given & {"rotary_base", "local_start"},
+         "--rotary-base and --local-start need --positions rotary"),
+        (args.flops_of and "steps" in given, "give --steps or --flops-of, not both"),
+        (rest, f"--batch-size {args.batch_size} cannot be split evenly over {WORLD} processes"),
+        (share and share % (args.micro_batch or share), f"--micro-batch {args.micro_batch} does "
+         f"not divide --batch-size {args.batch_size}" + f" over {WORLD} processes" * (WORLD > 1)),
+        (args.compile and args.micro_batch and os.environ.get("TORCHINDUCTOR_CUDAGRAPHS") == "1",
+         "a CUDA graph writes over the gradients that --micro-batch sums: leave that flag out, or "
+         "TORCHINDUCTOR_CUDAGRAPHS"),
+        (candidates > corpus.maskable(args.seq_len), f"{candidates} candidates for masking are "
+         f"more than a row of {args.seq_len} tokens holds: lower --pool or --mask-rate"),
+    ):
+        if wrong:
+            raise UserError(message)
+    for name in ("teacher", "init_from", "flops_of")[:3 if new else 2]:
+        run = getattr(args, name)
+        if run and not (Path(run) / "model.pt").exists():
+            flag = "--" + name.replace("_", "-")
+            raise UserError(f"{flag} {run}: not a finished run folder (if it has moved, say where "
+                            f"with {flag})")
+
+
+def parse_args(argv=None):
+    """The command line -> (the flags; the config of the run that is resumed or evaluated, or None;
+    is it only evaluated?).
+
+    A new run takes its flags from the command line and a preset; an earlier one from its
+    config.json, and the flags that are given must then agree, but for those that may change.
+    """
+    parser = flag_parser("python train.py [FLAGS]", __doc__, FLAGS)
+    parser.add_argument("--preset", choices=PRESETS, help="laptop (default): minutes; laptop-long: "
+                        "an hour; gpu: one GPU; paper: our literal guess. Any flag overrides it")
+    parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
+                        help="continue this unfinished run (default: --out) with its own flags")
+    parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")
+    typed = vars(parser.parse_args(argv))
+    preset, resume, evaluated = (typed.pop(name, None) for name in ("preset", "resume", "eval"))
+    if evaluated == "" or None not in (evaluated, resume):
+        raise UserError("--eval RUN only evaluates and needs a run folder; --resume goes on")
+    args, earlier = Namespace(**{**DEFAULTS, **PRESETS[preset or "laptop"], **typed}), None
+    settle(args)
+    if evaluated or resume is not None:
+        run = Path(evaluated or resume or args.out).expanduser()
+        args, earlier = open_earlier(run, bool(evaluated), typed, DEFAULTS, MAY_CHANGE)
+    check_ranges(args, FLAGS)
+    if not evaluated:
+        check_flags(args, None if earlier else set(typed))
+    args.cache = os.path.abspath(args.cache)  # a run may go on in another working directory
+    if not earlier:
+        check_new(Path(args.out))
+        if preset:
+            print(f"preset {preset}: " + ", ".join(f"{n} {v}" for n, v in vars(args).items() if v))
+    return args, earlier, bool(evaluated)
 
 
 if __name__ == "__main__":

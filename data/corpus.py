@@ -221,6 +221,25 @@ def load(folder, seq_len, max_tokens=0):
         unigram_entropy=unigram_entropy(valid_counts))
 
 
+def load_text(args, earlier, machine):
+    """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
+    cache by their hash, whatever was upgraded, moved or deleted since."""
+    moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
+             "where with --corpus")
+
+    def find():
+        found = earlier and find_prepared(args.cache, earlier["corpus_sha256"])
+        try:
+            return found or prepare(args.corpus, args.vocab_size, args.cache, machine.threads)
+        except UserError as error:
+            raise UserError(f"{error} ({moved})" if earlier else error)
+
+    text = load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
+    if earlier and earlier["corpus_sha256"] != text.sha256:
+        raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
+    return text
+
+
 def unigram_entropy(counts):
     """Entropy in nats of the distribution with these counts, special tokens left out: the loss of a
     model that knows how frequent every token is and nothing else."""
@@ -261,10 +280,5 @@ def block_order(n_blocks, seed, step, batch_size):
 
 @functools.lru_cache(maxsize=2)  # the epoch that ends and the one that begins
 def epoch_order(seed, epoch, n_blocks):
-    # numpy pads seeds with zeros: this is the stream (seed, epoch, 0), ORDER in masking.py.
+    # numpy pads seeds with zeros: this is the stream (seed, epoch, 0); masking.py has the others.
     return np.random.default_rng((seed, epoch)).permutation(n_blocks)
-
-
-def batch_at(blocks, seed, step, batch_size):
-    """The tokens (B, T) of a step."""
-    return with_ends(blocks[block_order(len(blocks), seed, step, batch_size)])

@@ -1,8 +1,8 @@
 """What a strategy masks: as numbers for the log, in the terminal, and as a page.
 
-    python masking.py runs/self-0 "The function returns a new array."
-    python masking.py runs/self-0 "The function returns a new array." --html page.html
-    python masking.py runs/self-0          # how strongly every rule selects, on held-out text
+    python -m data.inspection runs/self-0 "The function returns a new array."
+    python -m data.inspection runs/self-0 "The function returns a new array." --html page.html
+    python -m data.inspection runs/self-0      # how strongly every rule selects, on held-out text
 
 masking.py decides, this file looks. The *exact* entropy of a token is that of the model's
 prediction where this token alone is masked: what the cheaper scores stand for, at the price of one
@@ -12,6 +12,7 @@ forward per token. Entropies are in nats.
 import os
 import sys
 from argparse import Namespace
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 from string import Template
@@ -19,16 +20,16 @@ from string import Template
 import numpy as np
 import torch
 
-from data.corpus import with_ends
-from data.files import UserError, load_tensors, write_atomic
+import masking
+from data.corpus import load_text, with_ends
+from data.files import UserError, load_tensors, run_script, write_atomic
+from data.flags import flag_parser
 from data.machine import Machine
 from data.metrics import spearman
-from data.runs import load_text, read_config
+from data.runs import read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
-from masking import (
-    MASKING, SCORE_INPUT, SELECT, VocabularyMean, choose, choose_at_random, draw, entropy,
-    mask_count, rise, uncertainty,
-)
+from data.vocabulary import VocabularyMean
+from masking import SELECT, Strategy, draw, entropy, mask_count, masked, uncertainty, unmasked
 from model import forward_flops, load
 
 DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
@@ -59,16 +60,15 @@ def token_kinds(pieces, counts):
     }
 
 
-def diagnose(model, tokens, k, choose_now, kinds, means=None, with_dose=False):
-    """Compare what the strategy masks in tokens (B, T) with all tokens: a dict for the log.
+def diagnose(model, tokens, k, strategy, kinds, means=None, static=False, with_dose=False):
+    """Compare what a strategy masks in tokens (B, T) with all tokens: a dict for the log.
 
-    choose_now(tokens, noise) -> positions (B, k) is the strategy as it is at this step. The noise
-    is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, at random],
-    and of kinds [chosen, all]:
+    The noise is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, at
+    random], and of kinds [chosen, all]:
 
     entropy, accuracy  of the model at the chosen tokens, all [MASK], and at k random ones
     word_internal ...  shares of the kinds of token_kinds
-    overlap            share of the chosen that are chosen again with other noise, and what a random
+    overlap            share of the chosen that are chosen again at another step, and what a random
                        choice has: how repetitive the masks are
     rate               masked share of the maskable tokens
     neighbour          share of the chosen whose right neighbour is chosen, too
@@ -76,11 +76,13 @@ def diagnose(model, tokens, k, choose_now, kinds, means=None, with_dose=False):
     rank_correlation   Spearman of the `means` scores, a VocabularyMean, with fresh masked entropies
     """
     noise = [draw(DIAGNOSIS_SEED, i, *tokens.shape).to(tokens.device) for i in range(3)]
+    if static:  # then another step has the same numbers for places
+        noise[1] = masking.keep_places(noise[1], noise[0])
     model.eval()
-    chosen, again = choose_now(tokens, noise[0]), choose_now(tokens, noise[1])
+    chosen, again = (strategy(tokens, k, numbers) for numbers in noise[:2])
     maskable = tokens >= N_SPECIAL
     pairs = {"entropy": [], "accuracy": []}
-    for positions in (chosen, choose_at_random(tokens, k, noise[2])):
+    for positions in (chosen, Strategy()(tokens, k, noise[2])):
         inputs = tokens.scatter(1, positions, MASK)
         pairs["entropy"].append(uncertainty(model, inputs, positions).mean().item())
         with torch.inference_mode():
@@ -100,8 +102,8 @@ def diagnose(model, tokens, k, choose_now, kinds, means=None, with_dose=False):
         report["dose"] = dose(model, tokens[:DOSE_BLOCKS], chosen[:DOSE_BLOCKS])
     if means:
         c = min(2 * k, maskable.sum(1).min().item())
-        places = choose_at_random(tokens, c, noise[2])
-        fresh = SCORE_INPUT["masked"](model, tokens, places)
+        places = Strategy()(tokens, c, noise[2])
+        fresh = masked(model, tokens, places)
         report["rank_correlation"] = spearman(means(model, tokens, places), fresh)
     return report
 
@@ -153,33 +155,50 @@ def neighbour(positions):
 # --------------------------------------------------------------------------------------------------
 # several strategies beside each other
 
-STRATEGIES = {  # name -> (--masking, what the model reads, --select, --pool)
-    "random": ("random", None, "high", 0),
-    **{select: ("self", SCORE_INPUT["masked"], select, 2) for select in SELECT},
-    # Our literal guess from the paper's abstract:
-    "high-unmasked": ("self", SCORE_INPUT["unmasked"], "high", 0),
-}
-DOSE_RULES = {  # what can be chosen in training, for the table of doses
-    "random": STRATEGIES["random"],
-    **{f"{select}, masked, pool 2": STRATEGIES[select] for select in SELECT},
-    **{f"high, unmasked, pool {pool}": ("self", SCORE_INPUT["unmasked"], "high", pool)
-       for pool in (2, 3, 4)},
-    "high, unmasked, all": STRATEGIES["high-unmasked"],
-}
+
+def strategies_of(model, run=None):
+    """{name: Strategy} to look at side by side: every rule asks this model. `vocabulary` is the own
+    rule of a run that chose by means of vocabulary items, in a pool that fits a short sentence."""
+    strategies = {"random": Strategy()}
+    for name, select in SELECT.items():
+        strategies[name] = Strategy(model, masked, select, 2)
+    strategies["high-unmasked"] = Strategy(model, unmasked)  # our literal guess from the abstract
+    if means := run and means_of(run, model):
+        flags = read_config(run)["flags"]
+        strategies["vocabulary"] = Strategy(
+            None, means, SELECT[flags["select"]], min(2, flags["pool"]))
+    return strategies
 
 
-def watch(strategy, model, tokens, k, noise):
+def dose_rules(model, run=None):
+    """The same for the table of doses, with what can be chosen in training beside them."""
+    return strategies_of(model, run) | {
+        f"high-unmasked, pool {pool}": Strategy(model, unmasked, pool=pool) for pool in (2, 3, 4)}
+
+
+def means_of(run, model):
+    """The VocabularyMean that a finished run has learned; None for a run without one, or one whose
+    last checkpoint was deleted."""
+    checkpoint = Path(run) / "checkpoint.pt"
+    if read_config(run)["flags"]["score_input"] != "vocabulary" or not checkpoint.exists():
+        return None
+    means = VocabularyMean(None, 0.0, model.shape.vocab_size)
+    means.load_state(load_tensors(checkpoint)["means"])
+    return means
+
+
+def watch(strategy, tokens, k, noise):
     """Choose by a strategy -> positions (B, k) and the entropies (B, T) that it chose by, nan where
     it looked at none."""
-    masking, ask, select, pool = strategy
     seen = torch.full(tokens.shape, torch.nan, device=tokens.device)
 
-    def score(tokens, places):
-        H = MASKING[masking](ask, model, None, tokens, places)
+    def reads(model, tokens, places):
+        H = strategy.reads(model, tokens, places)
         seen.scatter_(1, places, H)
         return H
 
-    return choose(tokens, k, score, select, pool, noise), seen
+    watched = replace(strategy, reads=reads) if strategy.reads else strategy
+    return watched(tokens, k, noise), seen
 
 
 def report_doses(model, tokens, strategies):
@@ -193,7 +212,7 @@ def report_doses(model, tokens, strategies):
     exact = exact_entropy(model, tokens)
     deviations = standardise(exact)
     noise = draw(DIAGNOSIS_SEED, 0, *tokens.shape).to(tokens.device)
-    look_up = ("self", lambda model, tokens, places: exact.gather(1, places), "high", 0)
+    look_up = Strategy(reads=lambda model, tokens, places: exact.gather(1, places))
     T, shortest = tokens.shape[1], (tokens >= N_SPECIAL).sum(1).min().item()
     reports = []
     for rule, strategy in {**strategies, "exact": look_up}.items():
@@ -201,21 +220,20 @@ def report_doses(model, tokens, strategies):
         reports.append(report)
         for i, rate in enumerate(DOSE_RATES):
             k = mask_count(rate, T)
-            candidates = strategy[3] * k
+            candidates = strategy.pool * k
             if candidates > shortest:
                 continue
-            positions, seen = watch(strategy, model, tokens, k, noise)
-            both = seen.isfinite() & exact.isfinite()
-            scored = forward_flops(model.shape, T, candidates or T - 2)
+            positions, seen = watch(strategy, tokens, k, noise)
+            scored = forward_flops(model.shape, T, candidates or T - 2) if strategy.model else 0
             if rule == "exact":
                 scored = (T - 2) * forward_flops(model.shape, T, 1)
-            elif strategy[0] == "random" or isinstance(strategy[1], VocabularyMean):
-                scored = 0
             if deviations is not None:
                 report["dose"][i] = deviations.gather(1, positions).mean().item()
             report["neighbour"][i] = neighbour(positions)
-            report["rank_correlation"][i] = np.mean([
-                spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item()
+            if strategy.reads:
+                both = seen.isfinite() & exact.isfinite()
+                report["rank_correlation"][i] = np.mean([
+                    spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item()
             report["flops"][i] = 1 + scored / (3 * forward_flops(model.shape, T, k))
     return reports
 
@@ -237,25 +255,11 @@ def show_doses(run, blocks):
     config = read_config(run)
     flags = Namespace(**{**config["flags"], "out": str(run), "device": "cpu", "threads": 0})
     text = load_text(flags, config, Machine(flags))
-    tokens, means, rules = with_ends(text.valid[:blocks]), means_of(run, model), DOSE_RULES
-    if means:
-        rules = {**rules, **{f"{select}, vocabulary, pool 2": ("self", means, select, 2)
-                             for select in ("high", "mix")}}
+    tokens = with_ends(text.valid[:blocks])
     print(f"{run}: dose (deviations above the row's mean of exact entropies; - on the plateau), "
           f"right neighbours, rank correlation with exact entropies, FLOPs over random masking; "
           f"{len(tokens)} held-out blocks")
-    print_doses(report_doses(model, tokens, rules))
-
-
-def means_of(run, model):
-    """The VocabularyMean that a finished run has learned; None for a run without one, or one whose
-    last checkpoint was deleted."""
-    checkpoint = Path(run) / "checkpoint.pt"
-    if read_config(run)["flags"].get("score_input") != "vocabulary" or not checkpoint.exists():
-        return None
-    means = VocabularyMean(model.shape.vocab_size)
-    means.load_state(load_tensors(checkpoint)["means"])
-    return means
+    print_doses(report_doses(model, tokens, dose_rules(model, run)))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -264,8 +268,8 @@ def means_of(run, model):
 
 def explain(model, tokenizer, text, strategies, rate, seed):
     """Look at one sentence -> a dict per token: piece; its entropies H {"alone": exact, "pool": as
-    high to mix read it, "unmasked", for a strategy `self` also "mean": of its vocabulary item},
-    None outside the pool; guesses [(piece, probability)]; masked {strategy: bool}. UserError for a
+    high to mix read it, "unmasked", with `vocabulary` also "mean": of its item}, None outside the
+    pool; guesses [(piece, probability)]; masked {strategy: bool}. UserError for a
     sentence that does not fit the model."""
     ids = tokenizer.encode(text)
     if not 2 <= len(ids) <= model.shape.seq_len - 2:
@@ -274,10 +278,10 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     tokens = torch.tensor([[CLS, *ids, SEP]])
     k = min(mask_count(rate, len(ids) + 2), len(ids) // 2)  # a pool of 2k must fit
     noise = draw(seed, 0, *tokens.shape)
-    looks = {name: watch(strategy, model, tokens, k, noise)
+    looks = {name: watch(strategy, tokens, k, noise)
              for name, strategy in strategies.items()}
     read = {name: looks[of][1][0].tolist() for name, of in (
-        ("pool", "high"), ("unmasked", "high-unmasked"), ("mean", "self")) if of in looks}
+        ("pool", "high"), ("unmasked", "high-unmasked"), ("mean", "vocabulary")) if of in looks}
     logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
     top = logits.float().softmax(-1).topk(5)
     rows = []
@@ -347,34 +351,48 @@ def html_page(rows, title, most):
 
 
 def demonstrate(args):
-    """Do what `python masking.py RUN "sentence"` promises: args has run, sentence, mask_rate, seed
-    and html. UserError for everything that the user can put right."""
+    """Do what `python -m data.inspection RUN "sentence"` promises: args has run, sentence,
+    mask_rate, seed and html. UserError for everything that the user can put right."""
     if not 0 < args.mask_rate <= 0.5 or args.seed < 0:
         raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
     model, tokenizer = load(args.run)
-    strategies = strategies_of(args.run, model)
+    strategies = strategies_of(model, args.run)
     rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
     most = max(1.0, np.ceil(max(row["H"]["alone"] for row in rows)))
     if args.html:
         page = Path(args.html).expanduser()
         if page.exists() and not (
-                page.is_file() and b"made by masking.py" in page.read_bytes()[:300]):
+                page.is_file() and b"made by data.inspection" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
         write_atomic(page, html_page(rows, args.run, most).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
           "as are masked, all masked at once (high to mix choose by it); the unmasked text"
-          + "; the mean\nof the vocabulary item in training (self, this run's own rule, chooses "
-          "by it)" * ("self" in strategies) + ".\n"
+          + ("; the mean\nof the item in training" if "vocabulary" in strategies else "") + ".\n"
           "# says that a strategy masks the token; guesses stand where one does.")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
 
 
-def strategies_of(run, model):
-    """STRATEGIES; and `self`, its own rule, for a run that chose by means of vocabulary items, but
-    in a pool of 2 k at most: a short sentence holds no larger one."""
-    means, flags = means_of(run, model), read_config(run)["flags"]
-    if not means:
-        return STRATEGIES
-    select = rise(0.75) if flags["select"] == "rise" else flags["select"]  # as at its end
-    return {**STRATEGIES, "self": ("self", means, select, min(2, flags["pool"]))}
+def main():
+    parser = flag_parser("python -m data.inspection RUN [SENTENCE] [FLAGS]", __doc__)
+    parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
+    parser.add_argument("sentence", nargs="*", default=[], help="what to look at, in quotes; "
+                        "without one: a table of what every rule masks, in a minute or two")
+    parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
+    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
+    args = parser.parse_args()
+    if not args.run or args.blocks < 1 or len(args.sentence) != 1 and (args.sentence or args.html):
+        raise UserError('give a run folder and a sentence in quotes:  python -m data.inspection '
+                        'RUN "A sentence."  A run is made in minutes by  python train.py')
+    args.run = os.path.expanduser(args.run)
+    if args.sentence:
+        args.sentence, = args.sentence
+        demonstrate(args)
+    else:
+        show_doses(args.run, args.blocks)
+
+
+if __name__ == "__main__":
+    run_script(main)

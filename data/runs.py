@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import corpus
 from data.files import (
     UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, sha256_json,
     write_atomic, write_json,
@@ -36,7 +35,7 @@ from data.machine import RANK
 WITHOUT_CONTEXT = 0.9
 CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher_sha256": str,
           "origin_sha256": str, "parameters": int, "unigram_entropy": float, "flops": int,
-          "teacher_flops": int, "starts": list}
+          "teacher_flops": int, "experiment": list, "starts": list}
 BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
 # Where these differ, a run goes on, but not bit for bit.
 NOT_BIT_FOR_BIT = ("machine", "device", "torch", "threads", "processes", "micro_batch", "compile")
@@ -96,26 +95,6 @@ def open_earlier(run, finished, typed, defaults, may_change):
     return Namespace(**{**flags, **needed, **typed, "out": str(run)}), config
 
 
-def load_text(args, earlier, machine):
-    """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
-    cache by their hash, whatever was upgraded, moved or deleted since."""
-    moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
-             "where with --corpus")
-
-    def find():
-        found = earlier and corpus.find_prepared(args.cache, earlier["corpus_sha256"])
-        try:
-            return found or corpus.prepare(
-                args.corpus, args.vocab_size, args.cache, machine.threads)
-        except UserError as error:
-            raise UserError(f"{error} ({moved})" if earlier else error)
-
-    text = corpus.load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
-    if earlier and earlier["corpus_sha256"] != text.sha256:
-        raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
-    return text
-
-
 def read_config(run):
     """Read a run's config.json -> a dict with the keys of CONFIG. UserError if it is damaged."""
     path = Path(run) / "config.json"
@@ -149,7 +128,7 @@ class State:
     """What a checkpoint holds beside weights and optimiser. Nothing else survives a kill."""
 
     step: int = 0  # updates done
-    flops: int = 0  # spent on them, and before the first (--init-from, --score-input once)
+    flops: int = 0  # spent on them, and by the run of --init-from
     seconds: float = 0.0  # up to the last log line, evaluations left out
     logged: int = -1  # the step of that line
     log: str = ""  # log.jsonl so far: resuming writes it back, so it cannot be torn
@@ -177,46 +156,51 @@ class State:
 class Run:
     """The folder of a run that is being trained. Process 0 alone writes in it."""
 
-    def __init__(self, args, job, earlier, flops, teacher_flops):
-        """Make the folder of a new run; or check that an `earlier` one (its config) goes on with
-        the tokenizer, teacher and origin that it had, and add this start to its config.json.
+    def __init__(self, args, job, earlier, experiment, flops, teacher_flops):
+        """A new run; or one that goes on, an `earlier` one (its config). Nothing is written yet.
 
-        flops, teacher_flops: what the whole run will have spent, and what its teacher did.
+        experiment: the flags in which runs of one arm agree. flops, teacher_flops: what the whole
+        run will have spent, and what its teacher did.
         """
         args.dtype = job.machine.dtype  # what auto chose belongs to the run: it goes on with that
-        now = {**job.machine.record(), "numpy": np.__version__,
-               "micro_batch": args.micro_batch, "compile": args.compile,
-               "python": platform.python_version(), "command": sys.argv,
-               "date": time.strftime("%Y-%m-%d %H:%M")}
-        config = {
-            "flags": vars(args), "corpus_sha256": job.text.sha256,
-            "tokenizer_sha256": job.text.tokenizer.sha256,
+        self.start = {
+            **job.machine.record(), "numpy": np.__version__, "micro_batch": args.micro_batch,
+            "compile": args.compile, "python": platform.python_version(), "command": sys.argv,
+            "date": time.strftime("%Y-%m-%d %H:%M")}
+        self.now = {
+            "flags": vars(args), "experiment": sorted(experiment),
+            "corpus_sha256": job.text.sha256, "tokenizer_sha256": job.text.tokenizer.sha256,
             "teacher_sha256": model_sha256(args.teacher),
             "origin_sha256": model_sha256(args.init_from),
             "parameters": sum(p.numel() for p in job.model.parameters()),
             "unigram_entropy": job.text.unigram_entropy, "flops": flops,
-            "teacher_flops": teacher_flops, "starts": [now]}
-        self.path = path = Path(args.out)
-        self.config = earlier or config
+            "teacher_flops": teacher_flops, "starts": [self.start]}
+        self.path, self.earlier = Path(args.out), earlier
+        self.config = earlier or self.now
+
+    def open(self, job):
+        """Make the folder of a new run; or check that an earlier one goes on with the tokenizer,
+        teacher and origin that it had, and add this start to its config.json."""
         if RANK:
             return
+        path, earlier = self.path, self.earlier
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)  # until this process ends
         if not earlier:
             if (path / "config.json").exists():
                 raise UserError(f"{path} was begun by another process just now")
             write_atomic(path / "tokenizer.model", job.text.tokenizer_path.read_bytes())
-            write_json(path / "config.json", config)  # last: a folder that has it is a run
+            write_json(path / "config.json", self.config)  # last: a folder that has it is a run
             return
         for what in ("tokenizer", "teacher", "origin"):
-            if earlier[f"{what}_sha256"] != config[f"{what}_sha256"]:
+            if earlier[f"{what}_sha256"] != self.now[f"{what}_sha256"]:
                 raise UserError(f"the {what} is not the one that {path} began with")
         before = earlier["starts"][-1] if earlier["starts"] else {}
-        changed = [f"{name} {now[name]} (before: {before.get(name)})" for name in NOT_BIT_FOR_BIT
-                   if now[name] != before.get(name)]
+        changed = [f"{name} {self.start[name]} (before: {before.get(name)})"
+                   for name in NOT_BIT_FOR_BIT if self.start[name] != before.get(name)]
         if changed:
             print(f"note: {', '.join(changed)}: it goes on, but not bit for bit as it would have")
-        write_json(path / "config.json", {**earlier, "starts": [*earlier["starts"], now]})
+        write_json(path / "config.json", {**earlier, "starts": [*earlier["starts"], self.start]})
 
     def restore(self, job, state):
         """Go on where the newest checkpoint is, if there is one -> the State there, or `state`.

@@ -24,6 +24,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import train
 from data import files
 from data.files import load_tensors, run_script, save_tensors, sha256_file, write_json
 from data.machine import Machine
@@ -156,7 +157,8 @@ def write_config(run, flags, tokenizer_sha256="", unigram_entropy=6.0):
     """A config.json as train.py writes it."""
     run.mkdir(parents=True, exist_ok=True)
     write_json(run / "config.json", {
-        "flags": flags, "corpus_sha256": "c" * 64, "tokenizer_sha256": tokenizer_sha256,
+        "flags": {"score_input": "masked", **flags}, "experiment": sorted(train.EXPERIMENT),
+        "corpus_sha256": "c" * 64, "tokenizer_sha256": tokenizer_sha256,
         "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "flops": 1000,
         "teacher_flops": 0, "unigram_entropy": unigram_entropy,
         "starts": [Machine(Namespace(device="auto", dtype="auto", threads=1)).record()]})

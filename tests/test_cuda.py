@@ -30,8 +30,9 @@ def compare(device):
     from contextlib import nullcontext
 
     import masking as M
+    from data.vocabulary import VocabularyMean
     from model import Bert, Shape
-    from train import distillation_loss, make_optimizer
+    from train import distillation_loss, evaluate, make_optimizer
 
     apart = {}
 
@@ -47,10 +48,10 @@ def compare(device):
     moved = [x.to(device) for x in (tokens, noise, H)]
     for select in M.SELECT:
         for pool in (0, 2):
-            ours = M.choose(tokens, 5, lambda t, c: H.gather(1, c), select, pool, noise)
-            note(f"choose {select} {pool}", ours, M.choose(
-                moved[0], 5, lambda t, c: moved[2].gather(1, c), select, pool, moved[1]))
-    positions = M.choose_at_random(tokens, 5, noise)
+            ours, theirs = (M.Strategy(table, lambda table, t, places: table.gather(1, places),
+                                       M.SELECT[select], pool) for table in (H, moved[2]))
+            note(f"choose {select} {pool}", ours(tokens, 5, noise), theirs(moved[0], 5, moved[1]))
+    positions = M.Strategy()(tokens, 5, noise)
     inputs = M.corrupt(tokens, positions, noise, 300)
     note("corrupt", inputs, M.corrupt(moved[0], positions.to(device), moved[1], 300))
     labels = tokens.gather(1, positions).flatten()
@@ -69,7 +70,8 @@ def compare(device):
             logits = model(x, p)
             full = model.encode(x, None, s, a)
             masked = M.masked(model, t, p)
-            mean = M.VocabularyMean(300, where)
+            mean = VocabularyMean(lambda logits, labels: M.entropies(logits), 0.0, 300,
+                                  where)
             mean.see(y, torch.full_like(y, M.MASK), logits.flatten(0, 1))
             mean.learn(Namespace(gather_rows=lambda x: x))
             taught = distillation_loss(logits.flatten(0, 1), logits.flatten(0, 1).roll(1, 0), 2.0)
@@ -81,7 +83,7 @@ def compare(device):
                                    if w.grad is not None])
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            evaluated = torch.tensor(list(M.evaluate(
+            evaluated = torch.tensor(list(evaluate(
                 model, t, Namespace(autocast=nullcontext)).values()))
             results.append(dict(
                 logits=logits, padded=full[a], loss=loss, gradients=gradients,

@@ -372,18 +372,19 @@ def test_what_a_killed_builder_left_goes_after_a_day(tmp_path):
 
 
 def test_batches_are_a_permutation_of_every_epoch():
-    blocks = np.arange(11 * 3, dtype=np.uint16).reshape(11, 3) + N_SPECIAL
-    rows = torch.cat([corpora.batch_at(blocks, 0, step, 4) for step in range(11)])  # four epochs
-    assert rows.shape == (44, 5) and (rows[:, 0] == CLS).all() and (rows[:, -1] == SEP).all()
+    steps = np.stack([corpora.block_order(11, 0, step, 4) for step in range(11)])  # four epochs
+    order = steps.flatten()
     for epoch in range(4):
-        part = rows[epoch * 11:(epoch + 1) * 11, 1:-1]
-        assert sorted(part[:, 0].tolist()) == blocks[:, 0].tolist()
-    assert rows[:11].tolist() != rows[11:22].tolist()
-    assert torch.equal(corpora.batch_at(blocks, 0, 7, 4), rows[28:32])  # no history needed
-    assert not torch.equal(corpora.batch_at(blocks, 1, 7, 4), rows[28:32])
-    order = corpora.block_order(11, 0, 1, 30)  # a batch of several epochs
-    assert order.shape == (30,) and np.array_equal(corpora.with_ends(blocks[order]),
-                                                   corpora.batch_at(blocks, 0, 1, 30))
+        assert sorted(order[epoch * 11:(epoch + 1) * 11]) == list(range(11))
+    assert order[:11].tolist() != order[11:22].tolist()
+    assert np.array_equal(corpora.block_order(11, 0, 7, 4), steps[7])  # no history needed
+    assert not np.array_equal(corpora.block_order(11, 1, 7, 4), steps[7])
+    assert np.array_equal(corpora.block_order(11, 0, 1, 22), order[22:])  # several epochs at once
+
+
+def test_a_row_is_a_block_between_its_ends():
+    rows = corpora.with_ends(np.arange(6, dtype=np.uint16).reshape(2, 3) + N_SPECIAL)
+    assert rows.tolist() == [[CLS, 5, 6, 7, SEP], [CLS, 8, 9, 10, SEP]]
 
 
 # ---- files

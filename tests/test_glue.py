@@ -16,10 +16,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+
+import train
 import torch.nn.functional as F
 
 import glue
-from data import arguments
 from data.files import UserError, lock_folder, read_json
 from data.metrics import measure
 from data.scores import WHERE
@@ -56,7 +57,7 @@ def make_run(path, tokenizer, seed=0, width=64, weights=None, **flags):
         weights(bert)
     copy_token_type(bert.state_dict())
     save_run(path, bert, tokenizer, **{
-        **arguments.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
+        **train.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
     lines = [{"step": 0, "flops": 0, "val_loss": 7.0}, {"step": 10, "flops": 500},
              {"step": 250, "flops": 1000, "seconds": 9.5, "val_loss": 4.0}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -15,10 +15,12 @@ import masking as M
 from data import corpus as corpora
 from data.files import save_tensors
 from data.inspection import (
-    DIAGNOSIS_SEED, DOSE_RULES, STRATEGIES, diagnose, dose, exact_entropy, explain, neighbour,
-    print_doses, report_doses, strategies_of, token_kinds,
+    DIAGNOSIS_SEED, diagnose, dose, dose_rules, exact_entropy, explain, neighbour, print_doses,
+    report_doses, strategies_of, token_kinds,
 )
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from data.vocabulary import VocabularyMean
+from masking import Strategy
 from model import Bert, Shape, forward_flops, load
 from tests.helpers import call, command, save_run, write_corpus
 
@@ -71,10 +73,8 @@ def test_the_diagnosis_of_a_known_strategy():
     ordinary = tokens >= N_SPECIAL
     k = int((H * ordinary).sum(1).min())
 
-    def choose_now(tokens, noise):
-        return M.choose(tokens, k, lambda t, places: H.gather(1, places), "high", 0, noise)
-
-    found = diagnose(model, tokens, k, choose_now, kinds)
+    strategy = Strategy(reads=lambda model, tokens, places: H.gather(1, places))
+    found = diagnose(model, tokens, k, strategy, kinds)
     assert not model.training and "dose" not in found and "rank_correlation" not in found
     share = (tokens[ordinary] % 3 == 0).float().mean().item()
     assert found["number"] == pytest.approx([1.0, share])
@@ -84,7 +84,7 @@ def test_the_diagnosis_of_a_known_strategy():
     assert found["rate"] == pytest.approx(masked_share)
     assert found["overlap"][1] == pytest.approx(masked_share)
     assert found["overlap"][0] > 2 * masked_share
-    chosen = choose_now(tokens, M.draw(DIAGNOSIS_SEED, 0, 10, T))
+    chosen = strategy(tokens, k, M.draw(DIAGNOSIS_SEED, 0, 10, T))
     assert H.gather(1, chosen).all()
     pairs = [a + 1 == b for row in chosen.tolist() for a, b in zip(row, row[1:])]
     assert found["neighbour"] == pytest.approx(sum(pairs) / chosen.numel()) and sum(pairs)
@@ -93,6 +93,14 @@ def test_the_diagnosis_of_a_known_strategy():
     p, answers = logits.double().softmax(-1), tokens.gather(1, chosen)
     assert found["entropy"][0] == pytest.approx(-(p * p.log()).sum(-1).mean().item(), abs=1e-4)
     assert found["accuracy"][0] == (logits.argmax(-1) == answers).float().mean().item()
+
+
+def test_under_static_masks_a_block_is_chosen_again_as_it_was():
+    model, tokens, kinds = small_model(), rows_of(10), token_kinds(["▁a"] * V, np.ones(V))
+    overlap = {static: diagnose(model, tokens, 5, Strategy(), kinds, static=static)["overlap"]
+               for static in (True, False)}
+    assert overlap[True][0] == 1 and overlap[False][0] < 0.4
+    assert overlap[True][1] == overlap[False][1] == pytest.approx(5 / 31.5)
 
 
 def test_the_dose_is_that_of_a_loop():
@@ -107,16 +115,16 @@ def test_the_dose_is_that_of_a_loop():
     assert dose(model.train(), tokens, positions) == pytest.approx(np.mean(amounts), abs=1e-4)
     assert neighbour(positions) == pytest.approx(3 / 12)
     kinds = token_kinds(["▁a"] * V, np.ones(V))
-    found = diagnose(model, tokens, 3, lambda tokens, noise: positions, kinds, with_dose=True)
+    found = diagnose(model, tokens, 3, lambda *asked: positions, kinds, with_dose=True)
     assert found["dose"] == pytest.approx(np.mean(amounts), abs=1e-4)
 
 
 def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
     model, tokens = small_model(), rows_of(120)
-    reports = report_doses(model, tokens, STRATEGIES)
+    reports = report_doses(model, tokens, strategies_of(model))
     print_doses(reports)
     by_rule = {report["rule"]: report for report in reports}
-    assert list(by_rule) == [*STRATEGIES, "exact"]
+    assert list(by_rule) == [*strategies_of(model), "exact"]
     for i, k in enumerate((5, 10)):
         doses = {rule: report["dose"][i] for rule, report in by_rule.items()}
         assert doses["exact"] == max(doses.values()) and doses["low"] == min(doses.values())
@@ -125,7 +133,7 @@ def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
         best = H.topk(k).indices.sort(1).values
         assert by_rule["exact"]["neighbour"][i] == pytest.approx(neighbour(best))
         assert by_rule["exact"]["rank_correlation"][i] == pytest.approx(1)
-        assert by_rule["random"]["rank_correlation"][i] == 0
+        assert by_rule["random"]["rank_correlation"][i] is None
         assert 0.1 < by_rule["high"]["rank_correlation"][i] < 1
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 2 + len(reports) and f"| {reports[0]['dose'][0]:+.2f} |" in lines[2]
@@ -134,13 +142,14 @@ def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
 def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
     """Of 32 tokens 5 or 10 are masked; a pool of four times 10 is more than there are."""
     model, tokens = small_model(), rows_of(2)
-    reports = {report["rule"]: report for report in report_doses(model, tokens, DOSE_RULES)}
+    reports = {report["rule"]: report for report in report_doses(
+        model, tokens, dose_rules(model))}
     update = [3 * forward_flops(model.shape, T, k) for k in (5, 10)]
-    for rule, scored in (("high, masked, pool 2", (10, 20)), ("high, unmasked, all", (32, 32))):
+    for rule, scored in (("high", (10, 20)), ("high-unmasked", (32, 32))):
         assert reports[rule]["flops"] == pytest.approx(
             [1 + forward_flops(model.shape, T, c) / whole for c, whole in zip(scored, update)])
     assert reports["random"]["flops"] == [1, 1]
-    four = reports["high, unmasked, pool 4"]
+    four = reports["high-unmasked, pool 4"]
     assert four["flops"][0] > 1 and four["flops"][1] is four["neighbour"][1] is None
 
 
@@ -149,26 +158,23 @@ def test_the_rank_correlation_of_a_free_score():
     """
     model, tokens = small_model(), rows_of(8)
     kinds = token_kinds(["▁a"] * V, np.ones(V))
-    means = M.VocabularyMean(V)
-
-    def choose_now(tokens, noise):
-        return M.choose(tokens, 5, lambda t, places: means(model, t, places), "high", 2, noise)
-
-    assert diagnose(model, tokens, 5, choose_now, kinds, means)["rank_correlation"] == 0
+    means = VocabularyMean(None, 1.0, V)
+    strategy = Strategy(None, means, M.high, 2)
+    assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] == 0
     means.mean[:] = 0
     for row, H in zip(tokens, exact_entropy(model, tokens)):
         means.mean[row] = torch.where(row >= N_SPECIAL, H, means.mean[row])
-    assert diagnose(model, tokens, 5, choose_now, kinds, means)["rank_correlation"] > 0.2
+    assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] > 0.2
 
 
 def test_a_run_without_a_sentence_prints_the_doses_of_its_own_rules(tmp_path, monkeypatch, capsys):
     write_corpus(tmp_path / "text.txt")
-    call(command(tmp_path, "run"), monkeypatch)
+    call(command(tmp_path, "run", "--score-input", "vocabulary"), monkeypatch)
     capsys.readouterr()
-    call(["masking.py", tmp_path / "run", "--blocks", "2"], monkeypatch)
+    call(["data/inspection.py", tmp_path / "run", "--blocks", "2"], monkeypatch)
     out = capsys.readouterr().out
     assert "2 held-out blocks" in out
-    for rule in (*DOSE_RULES, "high, vocabulary, pool 2", "mix, vocabulary, pool 2"):
+    for rule in (*dose_rules(load(tmp_path / "run")[0]), "vocabulary"):
         assert re.search(rf"^\| {rule} \|.* \d\.\d\d \|", out, re.M), rule
 
 
@@ -176,15 +182,16 @@ def test_a_run_without_a_sentence_prints_the_doses_of_its_own_rules(tmp_path, mo
 
 
 def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, capsys):
-    call(["masking.py", run, SENTENCE, "--mask-rate", "0.2"], monkeypatch)
+    call(["data/inspection.py", run, SENTENCE, "--mask-rate", "0.2"], monkeypatch)
     out = capsys.readouterr().out
     model, tokenizer = load(run)
-    rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.2, 0)
+    strategies = strategies_of(model)
+    rows = explain(model, tokenizer, SENTENCE, strategies, 0.2, 0)
     k = round(0.2 * len(rows))
     assert "\033" not in out  # not a terminal: no colour
-    assert list(STRATEGIES) == ["random", "high", "low", "mid", "sample", "mix",
+    assert list(strategies) == ["random", "high", "low", "mid", "sample", "mix",
                                 "high-unmasked"]
-    for name in STRATEGIES:
+    for name in strategies:
         assert sum(row["masked"][name] for row in rows) == k
     pool = {i for i, row in enumerate(rows) if row["H"]["pool"] is not None}
     assert len(pool) == 2 * k
@@ -209,42 +216,42 @@ def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, ca
     save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary",
              select="high", pool=0)
     ids = tokenizer.encode("the model reads every token")
-    means = M.VocabularyMean(600)
-    means.mean[:] = 0
+    means = VocabularyMean(None, 0.0, 600)
     means.mean[ids[3]] = 5.0
     save_tensors(tmp_path / "checkpoint.pt", {"means": means.state()})
-    call(["masking.py", tmp_path, "the model reads every token"], monkeypatch)
-    assert re.search(r"alone .* unmasked  mean .* high-unmasked self ", capsys.readouterr().out)
-    strategies = strategies_of(tmp_path, model)
-    assert strategies["self"][1].mean[ids[3]] == 5
+    call(["data/inspection.py", tmp_path, "the model reads every token"], monkeypatch)
+    out = capsys.readouterr().out
+    assert re.search(r"alone .* unmasked  mean .* high-unmasked vocabulary ", out)
+    strategies = strategies_of(model, tmp_path)
+    assert strategies["vocabulary"].reads.mean[ids[3]] == 5
     rows = explain(model, tokenizer, "the model reads every token", strategies, 0.1, 0)
-    assert [row["masked"]["self"] for row in rows] == [i == 3 for i in range(len(rows))]
+    assert [row["masked"]["vocabulary"] for row in rows] == [i == 3 for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("no_color, colours", [("", True), ("1", False)])
 def test_colour_follows_the_terminal_and_no_color(no_color, colours, run, monkeypatch, capsys):
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True, raising=False)
     monkeypatch.setenv("NO_COLOR", no_color)
-    call(["masking.py", run, SENTENCE], monkeypatch)
+    call(["data/inspection.py", run, SENTENCE], monkeypatch)
     assert ("\033[48;2;" in capsys.readouterr().out) == colours
 
 
 def test_the_page_is_whole_and_overwrites_nothing(run, monkeypatch, capsys, tmp_path):
     page = tmp_path / "a page.html"
     run = shutil.copytree(run, tmp_path / "na\u00efve \n[x]*?%s{0}")
-    call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)
+    call(["data/inspection.py", run, SENTENCE, "--html", page], monkeypatch)
     html = page.read_text()
     assert "&lt;" in html and "&amp;" in html and "<every>" not in html
     assert "prefers-color-scheme: dark" in html
     assert not re.search(r"(src|href)=|@import|url\(", html)
     model, tokenizer = load(run)
-    rows = explain(model, tokenizer, SENTENCE, STRATEGIES, 0.15, 0)
+    rows = explain(model, tokenizer, SENTENCE, strategies_of(model), 0.15, 0)
     k = round(0.15 * len(rows))
-    assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(STRATEGIES)
+    assert html.count("<tr>") == len(rows) + 1 and html.count("●") == k * len(rows[0]["masked"])
     assert "$" not in html  # every placeholder was filled
-    call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)  # its own may be made anew
+    call(["data/inspection.py", run, SENTENCE, "--html", page], monkeypatch)  # its own: made anew
     page.write_text("a diary")
     with pytest.raises(SystemExit):
-        call(["masking.py", run, SENTENCE, "--html", page], monkeypatch)
+        call(["data/inspection.py", run, SENTENCE, "--html", page], monkeypatch)
     assert page.read_text() == "a diary"
     assert "name another" in capsys.readouterr().err

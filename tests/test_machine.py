@@ -14,7 +14,7 @@ from argparse import Namespace
 import pytest
 import torch
 
-from data import arguments
+import train
 from data.files import UserError, load_tensors
 from data.machine import Machine
 from data.runs import read_config, read_log
@@ -51,7 +51,7 @@ def flags(folder, out, *more):
 def test_two_processes_follow_one(folder, monkeypatch):
     """Scores of the model and of the vocabulary; random masking is the next test's."""
     own = ("--masking", "self", "--score-input", "masked", "--init-frac", "0", "--select", "high")
-    means = ("--masking", "self")
+    means = ("--masking", "self", "--score-input", "vocabulary")
     jobs = [on_two(flags(folder, "self-2", *own)), on_two(flags(folder, "vocabulary-2", *means))]
     call(flags(folder, "self-1", *own), monkeypatch)
     call(flags(folder, "vocabulary-1", *means, "--micro-batch", "4"), monkeypatch)
@@ -103,13 +103,13 @@ def test_a_signal_stops_all_after_the_same_step(folder):
 
 
 def test_a_batch_that_cannot_be_split_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr(arguments, "WORLD", 9)
+    monkeypatch.setattr(train, "WORLD", 9)
     line = refused(command(folder, "odd"), monkeypatch, capsys)
     assert "--batch-size 8 cannot be split evenly over 9 processes" in line
-    monkeypatch.setattr(arguments, "WORLD", 3)
+    monkeypatch.setattr(train, "WORLD", 3)
     line = refused(command(folder, "odd"), monkeypatch, capsys)
     assert "--batch-size 8 cannot be split evenly over 3 processes" in line
-    monkeypatch.setattr(arguments, "WORLD", 2)
+    monkeypatch.setattr(train, "WORLD", 2)
     line = refused(command(folder, "odd", "--micro-batch", "8"), monkeypatch, capsys)
     assert "--micro-batch 8 does not divide --batch-size 8 over 2 processes" in line
     assert not (folder / "odd").exists()

@@ -7,7 +7,9 @@ import torch
 import masking as M
 from data.runs import WITHOUT_CONTEXT
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from data.vocabulary import VocabularyMean
 from model import Bert, Shape
+from train import mask_for_evaluation
 
 V, T = 300, 34
 
@@ -31,13 +33,11 @@ def small_model(**changes):
     return Bert(Shape(**{"vocab_size": V, "layers": 2, "width": 64, "seq_len": T, **changes}))
 
 
-def table(H):
-    """A score function that reads entropies off a (B, T) table."""
-    return lambda tokens, candidates: H.gather(1, candidates)
-
-
-def nobody(tokens, places):
-    return M.random_masking(None, None, None, tokens, places)
+def choose(tokens, k, H, rule, pool, noise):
+    """Positions (B, k) by a strategy that reads entropies off a table H (B, T); None: it reads
+    nothing."""
+    reads = None if H is None else lambda model, tokens, places: H.gather(1, places)
+    return M.Strategy(None, reads, M.SELECT[rule], pool)(tokens, k, noise)
 
 
 def pool_of(tokens, c, noise):
@@ -136,16 +136,19 @@ def test_masked_input_does_not_show_the_token_and_unmasked_does():
     assert tokens[0, 3] != MASK  # the batch itself is not changed
 
 
-def test_who_is_asked():
-    """The three strategies differ in one word."""
-    tokens, places = rows_of(2), torch.tensor([[3, 9, 20], [1, 2, 30]])
+def test_a_strategy_asks_its_own_model_about_its_candidates_and_random_masking_asks_nobody():
+    tokens, noise, asked = rows_of(2), noise_of(2), []
 
-    def ask(model, tokens, places):
-        return torch.full(places.shape, model)
+    def reads(model, tokens, places):
+        asked.append((model, places))
+        return torch.zeros(places.shape)
 
-    H = {name: who(ask, 1.0, 2.0, tokens, places) for name, who in M.MASKING.items()}
-    assert {name: h.unique().tolist() for name, h in H.items()} == {
-        "random": [0.0], "entropy": [2.0], "self": [1.0]}
+    M.Strategy("teacher", reads, M.high, 2)(tokens, 3, noise)
+    (model, places), = asked
+    assert model == "teacher"
+    assert places.tolist() == pool_of(tokens, 6, noise).sort().values.tolist()
+    M.Strategy()(tokens, 3, noise)
+    assert len(asked) == 1
 
 
 class OneProcess:
@@ -155,7 +158,7 @@ class OneProcess:
 
 
 def test_the_mean_of_a_vocabulary_item_is_a_running_mean():
-    mean = M.VocabularyMean(V)
+    mean = VocabularyMean(lambda logits, labels: M.entropies(logits), np.log(V), V)
     assert mean(None, torch.tensor([[0, 9]]), torch.tensor([[1]])).item() == pytest.approx(
         np.log(V))
 
@@ -188,7 +191,7 @@ def test_rules_on_a_hand_made_table():
     noise = noise_of(1, 12)
 
     def chosen(rule):
-        return M.choose(tokens, 4, table(H), rule, 0, noise)[0].tolist()
+        return choose(tokens, 4, H, rule, 0, noise)[0].tolist()
 
     assert chosen("high") == [2, 3, 6, 9]  # 5, 4, 7, 6; the 9s stand on [CLS] and [SEP]
     assert chosen("low") == [1, 4, 8, 10]
@@ -197,30 +200,16 @@ def test_rules_on_a_hand_made_table():
     assert {6, 9} <= set(mix) and len(set(mix)) == 4 and set(mix) <= set(range(1, 11))
 
 
-def test_rise_takes_the_entropies_around_a_share_of_their_order():
-    tokens = rows_of(1, 12)  # ten candidates, of which the entropies are in the order 0 to 9
-    H = torch.tensor([[9.0, 3, 0, 7, 1, 9, 2, 8, 5, 4, 6, 9.0]])
-    for q, ranks in ((0.0, [0, 1, 2]), (0.25, [1, 2, 3]), (0.55, [4, 5, 6]), (1.0, [7, 8, 9])):
-        chosen = M.choose(tokens, 3, table(H), M.rise(q), 0, noise_of(1, 12))
-        assert sorted(H[0, chosen[0]].tolist()) == ranks
-    tokens = rows_of(20_000, 22)  # equal entropies: in no order of places
-    chosen = M.choose(tokens, 5, table(torch.ones(20_000, 22)), M.rise(0.5), 0,
-                      noise_of(20_000, 22))
-    neighbours = (chosen.diff(dim=1) == 1).float().sum(1).mean().item()
-    assert neighbours == pytest.approx(4 * 5 / 20, abs=0.04)
-
-
 def test_static_keeps_the_places_of_a_block_and_not_what_is_shown():
     blocks, other = np.array([7, 3, 5]), np.array([5, 2, 7])
-    a = M.keep_places(M.draw(1, 0, 3, T), 1, blocks)
-    b = M.keep_places(M.draw(1, 9, 3, T), 1, other)
+    a = M.keep_places(M.draw(1, 0, 3, T), M.draw_blocks(1, blocks, T))
+    b = M.keep_places(M.draw(1, 9, 3, T), M.draw_blocks(1, other, T))
     places, shown = slice(0, M.WHICH), slice(M.WHICH, None)
     assert torch.equal(a[0, :, places], b[2, :, places])  # block 7
     assert torch.equal(a[2, :, places], b[0, :, places])  # block 5
     assert not torch.equal(a[1, :, places], b[1, :, places])
     assert torch.equal(a[..., shown], M.draw(1, 0, 3, T)[..., shown])
-    assert not torch.equal(a[0, :, places], M.keep_places(M.draw(2, 0, 3, T), 2, blocks)[
-        0, :, places])
+    assert not torch.equal(a, M.keep_places(M.draw(1, 0, 3, T), M.draw_blocks(2, blocks, T)))
 
 
 def test_sample_draws_in_proportion_to_entropy():
@@ -228,7 +217,7 @@ def test_sample_draws_in_proportion_to_entropy():
     n = 40_000
     H = torch.tensor([0.0, 1.0, 2.0, 3.0, 4.0, 0.0]).expand(n, 6)
     tokens = rows_of(n, 6)
-    positions = M.choose(tokens, 1, table(H), "sample", 0, noise_of(n, 6))
+    positions = choose(tokens, 1, H, "sample", 0, noise_of(n, 6))
     shares = torch.bincount(positions.flatten(), minlength=6) / n
     assert torch.allclose(shares, torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0]), atol=0.01)
 
@@ -236,7 +225,7 @@ def test_sample_draws_in_proportion_to_entropy():
 def test_sample_and_high_still_fill_k_when_entropies_are_zero():
     tokens = rows_of(3)
     for rule in ("sample", "high", "low", "mid", "mix"):
-        positions = M.choose(tokens, 9, table(torch.zeros(3, T)), rule, 0, noise_of(3))
+        positions = choose(tokens, 9, torch.zeros(3, T), rule, 0, noise_of(3))
         assert all(len(set(row)) == 9 for row in positions.tolist())
 
 
@@ -245,7 +234,7 @@ def test_mix_is_half_entropy_half_uniform():
     tokens = rows_of(n, 22)
     H = torch.zeros(n, 22)
     H[:, 1:4] = 5.0  # the three highest are always these
-    positions = M.choose(tokens, k, table(H), "mix", 0, noise_of(n, 22))
+    positions = choose(tokens, k, H, "mix", 0, noise_of(n, 22))
     shares = torch.bincount(positions.flatten(), minlength=22) / n
     assert torch.equal(shares[1:4], torch.ones(3))
     # The other three come uniformly from the seventeen that are left.
@@ -260,7 +249,7 @@ def test_mix_takes_its_random_half_from_outside_the_pool_too():
     pool = pool_of(tokens, 2 * k, noise)
     best = pool.gather(1, H.gather(1, pool).topk(2).indices)
     is_best, in_pool = (torch.zeros(n, 22).scatter(1, x, 1.0) for x in (best, pool))
-    positions = M.choose(tokens, k, table(H), "mix", 2, noise)
+    positions = choose(tokens, k, H, "mix", 2, noise)
     assert (is_best.gather(1, positions).sum(1) == 2).all()
     others = in_pool.gather(1, positions).sum(1) - 2
     assert others.mean().item() == pytest.approx(3 * 8 / 18, abs=0.02)
@@ -269,8 +258,8 @@ def test_mix_takes_its_random_half_from_outside_the_pool_too():
 def test_ties_are_broken_at_random_not_by_position():
     n = 20_000
     tokens = rows_of(n, 22)
-    for score in (nobody, table(torch.ones(n, 22))):
-        positions = M.choose(tokens, 5, score, "high", 0, noise_of(n, 22))
+    for H in (None, torch.ones(n, 22)):
+        positions = choose(tokens, 5, H, "high", 0, noise_of(n, 22))
         shares = torch.bincount(positions.flatten(), minlength=22) / n
         assert torch.allclose(shares[1:21], torch.full((20,), 0.25), atol=0.015)
         neighbours = (positions.diff(dim=1) == 1).float().sum(1).mean().item()
@@ -282,26 +271,25 @@ def test_ties_are_broken_at_random_not_by_position():
 def test_every_strategy_masks_exactly_k_and_never_a_special_token(rule, pool):
     tokens = rows_of(100, separators=2)
     before = tokens.clone()
-    H = torch.rand(100, T)
-    score = nobody if rule == "random" else table(H)
+    H = None if rule == "random" else torch.rand(100, T)
     rule = "high" if rule == "random" else rule
-    positions = M.choose(tokens, 8, score, rule, pool, noise_of(100))
+    positions = choose(tokens, 8, H, rule, pool, noise_of(100))
     assert positions.shape == (100, 8)
     assert (positions.diff(dim=1) > 0).all()  # ascending, so all different
     assert (tokens.gather(1, positions) >= N_SPECIAL).all()
     assert torch.equal(tokens, before)
-    again = M.choose(tokens, 8, score, rule, pool, noise_of(100))
+    again = choose(tokens, 8, H, rule, pool, noise_of(100))
     assert torch.equal(positions, again)
-    other = M.choose(tokens, 8, score, rule, pool, noise_of(100, step=1))
+    other = choose(tokens, 8, H, rule, pool, noise_of(100, step=1))
     assert torch.equal(positions, other) == (
-        score is not nobody and pool == 0 and rule in ("high", "low", "mid"))
+        H is not None and pool == 0 and rule in ("high", "low", "mid"))
 
 
 def test_mid_uses_the_row_median_of_real_tokens():
     """float64 numpy on random tables, with [SEP]s inside the row."""
     tokens = rows_of(50, separators=3)
     H = torch.rand(50, T, generator=torch.Generator().manual_seed(1))
-    positions = M.choose(tokens, 6, table(H), "mid", 0, noise_of(50))
+    positions = choose(tokens, 6, H, "mid", 0, noise_of(50))
     for row in range(50):
         real = np.flatnonzero(tokens[row].numpy() >= N_SPECIAL)
         h = H[row, real].double().numpy()
@@ -313,7 +301,7 @@ def test_self_masking_agrees_with_a_plain_loop():
     """Scores of a real model, row by row and token by token, in float64."""
     model, tokens = small_model().eval(), rows_of(5, separators=1)
     noise = noise_of(5)
-    positions = M.choose(tokens, 4, lambda t, c: M.masked(model, t, c), "high", 2, noise)
+    positions = M.Strategy(model, M.masked, M.high, 2)(tokens, 4, noise)
     model.double()
     for row in range(5):
         real = [t for t in range(T) if tokens[row, t] >= N_SPECIAL]
@@ -332,7 +320,7 @@ def test_self_masking_agrees_with_a_plain_loop():
 def test_corruption_is_80_10_10_from_one_draw():
     n, k = 3000, 34
     tokens = rows_of(n, 100)
-    positions = M.choose_at_random(tokens, k, noise_of(n, 100))
+    positions = M.Strategy()(tokens, k, noise_of(n, 100))
     before = tokens.clone()
     new = M.corrupt(tokens, positions, noise_of(n, 100), V)
     assert torch.equal(tokens, before)
@@ -362,7 +350,7 @@ def test_copying_what_is_shown_is_below_the_entropy_but_not_below_its_share():
     tokens = rows_of(800, 130)
     generator = torch.Generator().manual_seed(0)
     tokens[:, 1:-1] = torch.multinomial(p, 800 * 128, True, generator=generator).view(800, 128)
-    positions, inputs, labels = M.mask_for_evaluation(tokens, V)
+    positions, inputs, labels = mask_for_evaluation(tokens, V)
     shown, labels = inputs.gather(1, positions).flatten(), labels.flatten()
     # The best guess: where a token stands that is not [MASK], it is the answer with this share.
     kept = p[shown] / (p[shown] + 1 / (V - N_SPECIAL))

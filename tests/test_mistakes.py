@@ -24,7 +24,7 @@ train.py --teacher RUN; train.py --masking entropy -> --teacher
 train.py --masking entropy --teacher RUN --score-input vocabulary; train.py --score-input once
 train.py --masking entropy --teacher nowhere -> not a finished run
 train.py --masking entropy --vocab-size 560 --teacher RUN -> has another tokenizer
-train.py --masking random --select high; train.py --masking random --init-frac 0.1
+train.py --static; train.py --masking random --init-frac 0.1
 train.py --masking random --pool 3; train.py --vocab-size 10; train.py --vocab-size 70000
 train.py --width 100; train.py --layers -1; train.py --size huge; train.py --micro-batch 3
 train.py --preset lap; train.py --score-input type; train.py --init-from nowhere
@@ -50,10 +50,11 @@ glue.py RUN --freeze --embedding-lr 1e-3
 glue.py RUN --batch-size 0; glue.py RUN --tabel -> unrecognized arguments: --tabel
 glue.py RUN --glue-dir nowhere --tasks RTE -> RTE/train.tsv: No such file
 glue.py RUN --table -> nothing is scored yet
-masking.py -> python train.py --masking self; masking.py nowhere a -> not a run folder
-masking.py RUN a -> from 2 to 32; masking.py RUN a b -> a sentence in quotes
-masking.py RUN abc --mask-rate 2; masking.py RUN abc --seed -1; masking.py RUN abc --seed x
-masking.py RUN abc --html / -> name another
+data/inspection.py -> python train.py; data/inspection.py nowhere a -> not a run folder
+data/inspection.py RUN a -> from 2 to 32; data/inspection.py RUN a b -> a sentence in quotes
+data/inspection.py RUN abc --mask-rate 2; data/inspection.py RUN abc --seed -1
+data/inspection.py RUN abc --seed x
+data/inspection.py RUN abc --html / -> name another
 glue.py RUN --baseline self -> --baseline self: the arms are run
 model.py RUN -> give a run folder and what to do with it
 model.py --fill x -> give a run folder and what to do with it

@@ -9,7 +9,8 @@ import torch
 
 import glue
 import masking
-from data import arguments
+import train
+from data import inspection
 from data.files import UserError
 from tests.helpers import ROOT, call, command, write_corpus
 from tests.test_masking import T, noise_of, rows_of, table
@@ -32,13 +33,13 @@ def test_its_commands_are_commands(tmp_path, monkeypatch):
     assert len(asked) >= 5
     for argv in asked:
         if "--resume" not in argv and "--eval" not in argv:
-            arguments.parse_args(argv)
+            train.parse_args(argv)
     for argv in commands("glue.py"):
         glue.parse_args(argv)
-    for argv in commands("masking.py"):
-        monkeypatch.setattr("sys.argv", ["masking.py", *argv])
+    for argv in commands("data.inspection"):
+        monkeypatch.setattr("sys.argv", ["inspection", *argv])
         with pytest.raises(UserError, match="not a run folder"):  # and no complaint of a flag
-            masking.main()
+            inspection.main()
 
 
 def test_the_flags_of_the_method_have_the_defaults_that_it_names():
@@ -47,10 +48,10 @@ def test_the_flags_of_the_method_have_the_defaults_that_it_names():
     assert len(rows) >= 8
     for names, values in rows:
         for name in re.findall(r"`--([a-z-]+)", names):
-            default = arguments.DEFAULTS[name.replace("-", "_")]
+            default = train.DEFAULTS[name.replace("-", "_")]
             if "**" in values and default is not None:
                 assert f"**{default}**" in values, name
-            choices = next(row[2] for group in arguments.FLAGS.values() for row in group
+            choices = next(row[2] for group in train.FLAGS.values() for row in group
                            if row[0] == name)
             if isinstance(choices, tuple):  # --select takes them from masking.SELECT
                 assert {word.strip("* ") for word in values.split(",")} == set(choices), name
@@ -63,6 +64,13 @@ def test_its_tree_is_the_folder():
     nouns = set(re.findall(r"[a-z]+", tree.partition("data/ ")[2].partition("data/results/")[0]))
     modules = {path.stem for path in (ROOT / "data").glob("*.py")} - {"__init__"}
     assert modules <= nouns
+
+
+def test_data_is_plumbing_that_imports_no_script_but_to_look_at_the_method():
+    for path in (ROOT / "data").glob("*.py"):
+        found = set(re.findall(r"^ *(?:from|import) (\w+)", path.read_text(), re.M))
+        scripts = found & {"model", "masking", "train", "glue"}
+        assert not scripts or path.stem == "inspection", (path.name, scripts)
 
 
 def test_its_links_and_pictures_are_there():

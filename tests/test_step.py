@@ -10,7 +10,6 @@ import torch.nn.functional as F
 
 import masking as M
 import train
-from data import arguments
 from data import corpus as corpora
 from data.files import load_tensors
 from data.runs import read_log
@@ -33,21 +32,21 @@ def test_learning_rate():
 
 
 def test_the_mask_rate_falls_linearly():
-    args = Namespace(**{**arguments.DEFAULTS, "masking": "random", "init_frac": 0.0, "steps": 100,
+    args = Namespace(**{**train.DEFAULTS, "masking": "random", "init_frac": 0.0, "steps": 100,
                         "mask_rate": 0.3, "mask_rate_end": 0.1})
     # of 126 tokens: 30 %, 20 %, 10.2 %; the step after the last is only evaluated
-    assert [train.plan(args, step)[0] for step in (0, 50, 99, 100)] == [38, 25, 13, 13]
+    assert [train.masks_per_row(args, step) for step in (0, 50, 99, 100)] == [38, 25, 13, 13]
 
 
 def test_presets_name_flags_that_exist_with_values_of_their_types():
-    for name, preset in arguments.PRESETS.items():
-        flags = {**arguments.DEFAULTS, **preset}
-        assert set(flags) == set(arguments.DEFAULTS), name
-        assert all(type(flags[n]) is type(default) for n, default in arguments.DEFAULTS.items()
+    for name, preset in train.PRESETS.items():
+        flags = {**train.DEFAULTS, **preset}
+        assert set(flags) == set(train.DEFAULTS), name
+        assert all(type(flags[n]) is type(default) for n, default in train.DEFAULTS.items()
                    if default is not None), name
         args = Namespace(**flags)
-        arguments.settle(args)
-        arguments.check_flags(args, set())
+        train.settle(args)
+        train.check_flags(args, set())
 
 
 def test_distillation_loss_against_float64():
@@ -66,11 +65,11 @@ def test_evaluation_is_the_same_every_time_and_weighs_every_token():
     blocks = np.random.default_rng(0).integers(5, 9, (150, 32)).astype(np.uint16)
     tokens = corpora.with_ends(blocks)
     machine = Namespace(autocast=nullcontext)
-    first = M.evaluate(model, tokens, machine)
+    first = train.evaluate(model, tokens, machine)
     torch.manual_seed(99)
-    assert first == M.evaluate(model.train(), tokens, machine)
-    noise = M.draw(M.EVAL_SEED, 0, 150, 34)
-    positions = M.choose_at_random(tokens, 5, noise)
+    assert first == train.evaluate(model.train(), tokens, machine)
+    noise = M.draw(train.EVAL_SEED, 0, 150, 34)
+    positions = M.Strategy()(tokens, 5, noise)
     with torch.no_grad():
         logits = model.eval()(M.corrupt(tokens, positions, noise, 600), positions).flatten(0, 1)
     labels = tokens.gather(1, positions).flatten()
@@ -86,7 +85,7 @@ def test_context_gain_is_what_another_rows_context_costs_and_0_without_attention
     model, machine = Bert(Shape(600, 2, 64, 34)).eval(), Namespace(autocast=nullcontext)
     blocks = np.random.default_rng(1).integers(5, 600, (7, 32)).astype(np.uint16)
     tokens = corpora.with_ends(blocks)
-    positions, inputs, labels = M.mask_for_evaluation(tokens, 600)
+    positions, inputs, labels = train.mask_for_evaluation(tokens, 600)
     own, foreign = [], []
     with torch.no_grad():  # row by row: the places of row i, in the context of row i - 3
         for i in range(7):
@@ -95,24 +94,24 @@ def test_context_gain_is_what_another_rows_context_costs_and_0_without_attention
             for row, losses in ((inputs[i], own), (other, foreign)):
                 logits = model.double()(row[None])[0, positions[i]]
                 losses.append(F.cross_entropy(logits, labels[i]).item())
-    gain = M.evaluate(model.float(), tokens, machine)["context_gain"]
+    gain = train.evaluate(model.float(), tokens, machine)["context_gain"]
     assert gain == pytest.approx(np.mean(foreign) - np.mean(own), abs=1e-5) and abs(gain) > 1e-4
     for block in model.blocks:  # nothing of the other places arrives
         torch.nn.init.zeros_(block.attention.out.weight)
-    assert M.evaluate(model, tokens, machine)["context_gain"] == pytest.approx(0, abs=1e-6)
-    assert M.evaluate(model, tokens[:1], machine)["context_gain"] is None
+    assert train.evaluate(model, tokens, machine)["context_gain"] == pytest.approx(0, abs=1e-6)
+    assert train.evaluate(model, tokens[:1], machine)["context_gain"] is None
 
 
-def test_flops_of_a_step_by_hand(tmp_path):
-    run = str(tmp_path)
-    (tmp_path / "model.pt").touch()
-    shape = Shape(600, 2, 64, 34)
+def test_flops_of_a_step_by_hand():
+    model = Namespace(shape=Shape(600, 2, 64, 34), parameters=lambda: iter([torch.zeros(1)]))
 
     def flops(step, **changes):
-        args = Namespace(**{**arguments.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
+        args = Namespace(**{**train.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
                             "init_frac": 0.5, **changes})
-        arguments.settle(args)
-        return train.count_flops(args, shape, Namespace(shape=shape), [step]) / 8
+        train.settle(args)
+        strategy, _ = train.make_strategy(args, model, model)
+        job = Namespace(model=model, teacher=model, strategy=strategy)
+        return train.count_flops(args, job, [step]) / 8
 
     # d = 64, T = 34, V = 600; k = 5 trained, 10 scored.
     def forward(k):
@@ -120,37 +119,12 @@ def test_flops_of_a_step_by_hand(tmp_path):
             + k * (2 * 64**2 + 2 * 64 * 600)
 
     assert flops(0) == 3 * forward(5)
-    assert flops(50, score_input="masked") == 3 * forward(5) + forward(10)
+    assert flops(50) == 3 * forward(5) + forward(10)
     assert flops(50, pool=0, score_input="unmasked") == 3 * forward(5) + forward(32)
-    assert flops(50) == 3 * forward(5)  # the means of vocabulary items cost nothing
-    once = {"masking": "entropy", "teacher": run, "score_input": "once"}
-    assert flops(50, **once) == 3 * forward(5)  # what was asked before training is not in it
-    assert flops(0, distill="complete", teacher=run) == 4 * forward(5)
-    assert flops(50, distill="after-init", teacher=run, score_input="masked") == (
-        4 * forward(5) + forward(10))
-
-
-def test_a_teacher_that_is_asked_once_answers_as_one_that_is_asked_now(tmp_path):
-    (tmp_path / "model.pt").touch()
-    torch.manual_seed(0)
-    teacher = Bert(Shape(600, 2, 64, 34)).eval()
-    blocks = np.random.default_rng(0).integers(5, 600, (150, 32)).astype(np.uint16)
-    machine = Namespace(device="cpu", autocast=nullcontext)
-    args = Namespace(**{**arguments.DEFAULTS, "masking": "entropy", "teacher": str(tmp_path),
-                        "seq_len": 34, "score_input": "once", "select": "high", "pool": 0})
-    arguments.settle(args)
-    answers = train.ask_once(args, machine, teacher, blocks)
-    tokens = corpora.with_ends(blocks)
-    with torch.no_grad():
-        log_p = teacher(tokens).double().log_softmax(-1)
-    exact = -(log_p.exp() * log_p).sum(-1)
-    torch.testing.assert_close(answers[:, 1:-1].double(), exact[:, 1:-1], rtol=0, atol=1e-4)
-    assert answers[:, [0, -1]].isnan().all()
-    job = Namespace(machine=machine, answers=answers, means=None, model=None, teacher=None)
-    some, noise = np.array([140, 3, 77]), M.draw(0, 0, 3, 34)
-    positions = train.where_to_mask(args, job, 0, tokens[some], noise, some)
-    wanted = exact[some, 1:-1].topk(5).indices.sort().values + 1
-    assert (positions == wanted).all()
+    assert flops(50, score_input="vocabulary") == 3 * forward(5)  # looking a mean up costs nothing
+    assert flops(50, masking="random") == 3 * forward(5)
+    assert flops(0, distill="complete") == 4 * forward(5)
+    assert flops(50, distill="after-init") == 4 * forward(5) + forward(10)
 
 
 @pytest.mark.parametrize("scorer", ["random", "entropy", "self"])
@@ -182,18 +156,20 @@ def test_an_update_by_hand(scorer, tmp_path_factory, monkeypatch):
     adam = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.999), eps=1e-6)
     k = 10  # 30 % of 32
     for step, logged in zip(range(2), read_log(folder / f"hand-{scorer}")[1:]):
-        tokens = corpora.batch_at(text.train, 4, step, 8)
+        tokens = corpora.with_ends(
+            text.train[corpora.block_order(len(text.train), 4, step, 8)])
         noise = M.draw(4, step, 8, 34)
 
-        def score(tokens, candidates):
+        def score(model, tokens, candidates):
             with torch.no_grad():
-                logits = (teaching if scorer == "entropy" else model)(
+                logits = model(
                     tokens.scatter(1, candidates, MASK), candidates)
             p = logits.double().softmax(-1)
             return -(p * p.log()).sum(-1).float()
 
-        positions = (M.choose_at_random(tokens, k, noise) if scorer == "random"
-                     else M.choose(tokens, k, score, "high", 2, noise))
+        asked = teaching if scorer == "entropy" else model
+        strategy = M.Strategy() if scorer == "random" else M.Strategy(asked, score, M.high, 2)
+        positions = strategy(tokens, k, noise)
         inputs = M.corrupt(tokens, positions, noise, 600)
         labels = tokens.gather(1, positions)
         student = model(inputs)[torch.arange(8)[:, None], positions].log_softmax(-1)

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 import train
-from data import arguments
 from data import corpus as corpora
 from data.files import load_tensors, lock_folder, read_json, write_json
 from data.runs import read_config, read_log
+from masking import SELECT, Strategy, draw, masked
 from model import load
 from tests.helpers import (
     ROOT, call, command, refused, same_weights, send, start, wait_for_step, what_was_logged,
@@ -48,20 +48,18 @@ def teacher(folder):
 ARMS = {
     "self": ["--score-input", "masked", "--init-frac", "0.3", "--micro-batch", "4", "--distill",
              "complete"],
-    "vocabulary": ["--select", "sample", "--init-frac", "0.2"],
+    "vocabulary": ["--score-input", "vocabulary", "--select", "sample", "--init-frac", "0.2"],
     "unmasked": ["--score-input", "unmasked", "--pool", "0", "--select", "mid", "--dtype",
                  "bfloat16"],
-    "static-rise": ["--static", "--score-input", "masked", "--select", "rise", "--init-frac", "0.2",
-                    "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
+    "static": ["--masking", "entropy", "--static", "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
     "entropy": ["--masking", "entropy", "--distill", "after-init", "--init-frac", "0.3",
                 "--select", "high", "--dropout", "0.1"],
-    "once": ["--masking", "entropy", "--score-input", "once", "--pool", "0", "--select", "high"],
 }
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_a_killed_run_resumes_bit_for_bit(arm, folder, teacher, monkeypatch):
-    flags = ARMS[arm] + ["--teacher", teacher] * (arm in ("self", "entropy", "once"))
+    flags = ARMS[arm] + ["--teacher", teacher] * (arm in ("self", "entropy", "static"))
     flags += ["--init-from", teacher] * (arm == "entropy")
     whole, killed = folder / f"{arm}-whole", folder / f"{arm}-killed"
     call(command(folder, whole.name, *flags), monkeypatch)
@@ -129,7 +127,8 @@ def test_what_changed_since_a_run_began_is_said(folder, monkeypatch, capsys):
 
 def test_init_from_takes_the_weights_alone_and_counts_what_they_cost(
         folder, teacher, monkeypatch, capsys):
-    call(command(folder, "from", "--seed", "5", "--init-from", teacher), monkeypatch)
+    call(command(folder, "from", "--masking", "random", "--seed", "5", "--init-from", teacher),
+         monkeypatch)
     first, last = read_log(folder / "from")[0], read_log(teacher)[-1]
     assert first["step"] == 0 and first["val_loss"] == last["val_loss"]
     assert first["flops"] == last["flops"]
@@ -199,16 +198,10 @@ def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
     known_ids = torch.tensor([p[1:] in SECOND for p in tokenizer.pieces])
     assert known_ids[tokens[:, 1:-1]].float().mean() == pytest.approx(0.5, abs=0.02)
     share = {}
-    for masking, select in (("random", "high"), ("self", "high"), ("self", "low")):
-        args = Namespace(**{**arguments.DEFAULTS, "masking": masking, "select": select,
-                            "seq_len": 34, "score_input": "masked", "init_frac": 0.0,
-                            "mask_rate": 0.15, "mask_rate_end": 0.15})
-        noise = train.masking.draw(0, 0, *tokens.shape)
-        job = Namespace(means=None, answers=None, model=model, teacher=None, machine=train.Machine(
-            Namespace(device="cpu", dtype="float32", threads=1)))
-        positions = train.where_to_mask(args, job, 0, tokens, noise)
-        share[select if masking == "self" else "random"] = 1 - known_ids[
-            tokens.gather(1, positions)].float().mean().item()
+    strategies = {name: Strategy(model, masked, SELECT[name], 2) for name in ("high", "low")}
+    for name, strategy in {"random": Strategy(), **strategies}.items():
+        positions = strategy(tokens, 5, draw(0, 0, *tokens.shape))
+        share[name] = 1 - known_ids[tokens.gather(1, positions)].float().mean().item()
     assert share["high"] > 0.75 and share["low"] < 0.3, share
     assert share["random"] == pytest.approx(0.5, abs=0.1)
 
@@ -240,9 +233,9 @@ def test_the_model_itself_as_teacher_is_self_masking(folder, teacher, monkeypatc
 
 def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
     rates = set()
-    for arm, flags in {**ARMS, "static-rise": ["--select", "rise"], "mix": [],
+    for arm, flags in {**ARMS, "static": ["--masking", "entropy", "--static"], "mix": [],
                        "random": ["--masking", "random"]}.items():
-        flags = flags + ["--teacher", teacher] * (arm in ("self", "entropy", "once"))
+        flags = flags + ["--teacher", teacher] * (arm in ("self", "entropy", "static"))
         call(command(folder, f"rate-{arm}", *flags, "--steps", "8"), monkeypatch)
         rates |= {line["masked"]["rate"] for line in read_log(folder / f"rate-{arm}")
                   if "masked" in line}
@@ -251,9 +244,9 @@ def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
 
 def test_static_masks_a_block_alike_in_every_epoch(folder, monkeypatch):
     """Twelve blocks, four a step: the fourth step begins the second epoch."""
-    seen, choose = [], train.masking.choose
-    monkeypatch.setattr(train.masking, "choose", lambda tokens, *rest: seen.append(
-        (tokens, choose(tokens, *rest))) or seen[-1][1])
+    seen, choose = [], Strategy.__call__
+    monkeypatch.setattr(Strategy, "__call__", lambda self, tokens, *rest: seen.append(
+        (tokens, choose(self, tokens, *rest))) or seen[-1][1])
     places = {}
     for static in (["--static"], []):
         seen.clear()
@@ -315,16 +308,16 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 
 @pytest.mark.parametrize("flags", [
     {}, {"masking": "random"}, {"score_input": "unmasked", "pool": 0},
-    {"score_input": "masked"}, {"init_from": "x"},
+    {"score_input": "vocabulary"}, {"init_from": "x"}, {"masking": "random", "select": "sample"},
     {"masking": "entropy", "teacher": "x", "distill": "complete", "alpha": 1.0},
     {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
     {"micro_batch": 4}, {"positions": "learned"}, {"mask_rate": 0.3, "mask_rate_end": 0.15},
 ], ids=str)
 def test_right_flags(flags, teacher):
     flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
-    args = Namespace(**{**arguments.DEFAULTS, **flags})
-    arguments.settle(args)
-    arguments.check_flags(args, set(flags))
+    args = Namespace(**{**train.DEFAULTS, **flags})
+    train.settle(args)
+    train.check_flags(args, set(flags))
 
 
 @pytest.mark.parametrize("flags, lr", [
@@ -332,8 +325,8 @@ def test_right_flags(flags, teacher):
     ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3),
     ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
-    args = Namespace(**{**arguments.DEFAULTS, "masking": "random", **flags})
-    arguments.settle(args)
+    args = Namespace(**{**train.DEFAULTS, "masking": "random", **flags})
+    train.settle(args)
     assert args.lr == lr
 
 
@@ -407,11 +400,11 @@ def test_help_teaches_every_flag(capsys, monkeypatch):
         call(["train.py", "--help"], monkeypatch)
     text = capsys.readouterr().out
     assert stop.value.code == 0
-    for name in arguments.DEFAULTS:
+    for name in train.DEFAULTS:
         assert re.search(rf"--(\[no-\])?{name.replace('_', '-')}\b", text), name
 
 
 def test_a_home_folder_is_expanded():
     """bash leaves the ~ of --out=~/run to us."""
-    args, _ = arguments.parse_args(["--masking", "random", "--out=~/run"])
+    args, *_ = train.parse_args(["--masking", "random", "--out=~/run"])
     assert args.out == os.path.expanduser("~/run")

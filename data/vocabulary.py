@@ -1,0 +1,54 @@
+"""Running means of vocabulary items: what training's own predictions say of each, for no forward.
+
+A strategy can read them instead of a text (--score-input vocabulary). Not from the paper.
+"""
+
+import torch
+
+from data.tokenizer import MASK
+
+
+class VocabularyMean:
+    """The mean of a number over the predictions of each vocabulary item. It learns only while a
+    model trains: `see` keeps what a forward says, and `learn` takes it in after the update.
+
+    measure  (logits (N, V), labels (N,)) -> the numbers (N,)
+    unseen   what an item has that was not seen yet
+
+    Where [MASK] was shown counts, and of that the last ~WINDOW values: they change in training.
+    """
+
+    WINDOW = 64
+
+    def __init__(self, measure, unseen, vocab_size, device="cpu"):
+        self.measure = measure
+        self.mean = torch.full((vocab_size,), unseen, device=device)
+        self.seen = torch.zeros(vocab_size, device=device)
+        self.parts = []  # of this step: (N, 3) item, number, 1 where [MASK] was shown
+
+    def __call__(self, model, tokens, places):
+        """As something that a strategy reads: (B, T), (B, c) -> the means (B, c)."""
+        return self.mean[tokens.gather(1, places)]
+
+    def see(self, labels, shown, logits):
+        """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""
+        numbers = self.measure(logits.detach(), labels)
+        self.parts.append(torch.stack([labels.float(), numbers, (shown == MASK).float()], 1))
+
+    def learn(self, machine):
+        """Take in what was seen since the last update, by all processes. All at once, so that a
+        micro-batch is only about memory."""
+        items, numbers, weight = torch.cat([machine.gather_rows(p) for p in self.parts]).unbind(1)
+        items, self.parts = items.long(), []
+        n = torch.zeros_like(self.mean).index_add_(0, items, weight)
+        total = torch.zeros_like(self.mean).index_add_(0, items, weight * numbers)
+        self.seen += n
+        # The mean of all values while they are few, then one that forgets.
+        rate = (n / self.seen.clamp(1, self.WINDOW)).clamp_max(1)
+        self.mean += rate * (total / n.clamp_min(1) - self.mean)
+
+    def state(self):
+        return torch.stack([self.mean, self.seen])
+
+    def load_state(self, state):
+        self.mean, self.seen = state.to(self.mean.device)
