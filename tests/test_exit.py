@@ -1,15 +1,18 @@
-"""When a run leaves the plateau, by hand.
+"""When a run leaves the plateau, and when it begins to use context, by hand.
 
     python -m pytest tests/test_exit.py -q
 """
 
+import json
 import os
 import shutil
 import subprocess
 
 import pytest
 
-from data.results.exit import CONTRASTS, SEEDS, exit_step, holm, print_arms, print_learned
+from data.results.exit import (
+    PARTS, exit_step, flops, holm, main, onset, print_part, print_single,
+)
 from tests.helpers import ROOT
 
 H = 7.0  # so the bound is 0.9 x 7 - 0.1 = 6.2
@@ -40,26 +43,128 @@ def test_holm_by_hand():
     assert holm({"a": 0.5, "b": 0.9}) == {"a": 1.0, "b": 1.0}
 
 
-def test_no_contrast_is_shown_before_its_last_seed(capsys):
-    left, late = run(9.0, 6.0, 5.0, 5.0), run(9.0, 9.0, 6.0, 5.0)
-    arms = {"random": dict.fromkeys(SEEDS, left),
-            **{arm: dict.fromkeys(SEEDS[:-1], late) for arm in CONTRASTS}}
-    assert not print_arms(arms)
-    assert "high: 8 of its 9 seeds" in capsys.readouterr().out
-    for arm in CONTRASTS:
-        arms[arm][SEEDS[-1]] = run(9.0, 9.0, 9.0, 5.0)
-    ratios = print_arms(arms)
-    assert set(ratios) == set(CONTRASTS) and len(ratios["high"]["each"]) == 9
-    assert "| high | 9 |" in capsys.readouterr().out
+@pytest.mark.parametrize("gains, level, step", [
+    # Two above, one below, then four above: from 100 to 125 it goes from 0.1 to 0.3.
+    ((0, 0.05, 0.3, 0.3, 0.1, 0.3, 0.35, 0.4, 0.5, 0.2), 0.25, 118.75),
+    ((0, 0.05, 0.3, 0.3, 0.1, 0.3, 0.35, 0.4, 0.5, 0.2), 0.2, 112.5),
+    ((0, 0.05, 0.3, 0.3, 0.1, 0.3, 0.35, 0.4, 0.5, 0.2), 0.35, None),
+    ((0, 0.3, 0.3, 0.3), 0.25, None), ((0, 0.5, 0.5, 0.5, 0.5), 0.25, 12.5),
+    ((0, 0.25, 0.25, 0.25, 0.25), 0.25, None), ((0, 1, 1, 1, float("nan")), 0.25, None),
+])
+def test_the_onset_is_before_the_first_four_above(gains, level, step):
+    found = onset({"context_gain": [[25 * i, gain] for i, gain in enumerate(gains)]}, level)
+    assert found == (step if step is None else pytest.approx(step))
 
 
-def test_learned_positions_have_a_table_of_their_own(capsys):
+def test_flops_up_to_a_step_and_with_the_teacher():
+    run = begins(100, flops=9000, teacher_flops=500)  # 3 a step
+    assert flops(run, onset, 0) == 300 and flops(run, onset, 1) == 800
+    assert flops(begins(None, flops=9000), onset, 0) == 9000  # the budget
+
+
+def begins(step, seed=0, arm="random", **more):
+    """A run of 3000 steps that begins to use context at `step`; None: it does not. Its gain rises
+    from 0 in a straight line, so it is at 0.1 nats at 0.4 times that step, at 0.5 at twice."""
+    gain = 1 if step else 0
+    gains = [[0, 0], [4 * (step or 100), gain], *([2900 + 25 * i, gain] for i in range(3))]
+    return {"arm": arm, "seed": seed, "steps": 3000, "flops": 3000, "teacher_flops": 0,
+            "unigram_entropy": H, "context_gain": gains, "loss": [[0, 9.0], [3000, 7.0]],
+            "machine": "ours", **more}
+
+
+def nine(arm, steps):
+    return [begins(step, seed, arm) for seed, step in zip(range(30, 39), steps)]
+
+
+WAVER = 0.8, 1.25, 0.8, 1.25, 0.8, 1.25, 0.8, 1.25, 1  # their geometric mean is 1
+
+
+def study():
+    """All runs of the second part: high takes 4 times as long as random, distillation half."""
+    runs = nine("random", [100] * 9) + nine("small-random", [200] * 9)
+    steps = {"high": 400, "distill": 50, "distill-control": 80, "small-static": 250}
+    for arm, step in steps.items():
+        runs += nine(arm, [step * factor for factor in WAVER])
+    return runs
+
+
+def table(tmp_path, monkeypatch, capsys, runs):
+    """What the script prints of these runs of the second part -> {first cell: [its lines]}."""
+    (tmp_path / "onset.jsonl").write_text("".join(json.dumps(run) + "\n" for run in runs))
+    monkeypatch.setattr("data.results.exit.HERE", tmp_path)
+    monkeypatch.setattr("sys.argv", ["exit"])
+    main()
+    lines = {}
+    for line in capsys.readouterr().out.split("onset.jsonl")[1].splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        lines.setdefault(cells[0], []).append(cells)
+    return lines
+
+
+def test_the_table_of_the_second_part_by_hand(tmp_path, monkeypatch, capsys):
+    lines = table(tmp_path, monkeypatch, capsys, study())
+    # ln 1.25 is 0.223: deviation 0.223, error 0.0744, interval ln 4 -+ 2.306 x 0.0744, t 18.6.
+    assert lines["high"][0] == ["high", "9", "400 (320 to 500)", "4.00 [3.37, 4.75]",
+                                "18.6; < 0.0001", "0.004", "-", "4.00", "4.00"]
+    assert lines["distill"][0][3:6] == ["0.50 [0.42, 0.59]", "-9.3; < 0.0001", "0.004"]
+    # Over random masking of its own text. The largest p of three stays as it is.
+    assert lines["small-static"][0][3:5] == ["1.25 [1.05, 1.48]", "3.0; 0.0171"]
+    assert lines["distill-control"][0][3:6] == ["0.80 [0.67, 0.95]", "-", "-"]
+    assert lines["random"][0] == ["random", "9", "100 (100 to 100)", *"----", "-", "-"]
+    # 0.1, 0.25 and 0.5 nats, and the exit, which no loss here has.
+    assert lines["high"][1][1:] == ["4.00 [3.37, 4.75]"] * 3 + ["1.00 [1.00, 1.00] or more"]
+    for picture in ("onset-curves.svg", "onset-ratios.svg"):
+        assert "small-static" in (tmp_path / picture).read_text()
+
+
+def test_a_contrast_is_hidden_at_eight_seeds(tmp_path, monkeypatch, capsys):
+    lines = table(tmp_path, monkeypatch, capsys, [
+        run for run in study() if run["arm"] != "high" or run["seed"] != 38])
+    assert "high" not in lines and "high: not full yet, 8 of its 9 pairs are there. Run  bash " \
+        "data/results/onset.sh" in lines
+    assert lines["distill"][0][4:6] == ["-", "-"]  # no p before Holm's correction is known
+    assert not list(tmp_path.glob("*.svg"))
+
+
+def test_a_pair_of_two_machines_is_no_pair(tmp_path, monkeypatch, capsys):
+    runs = study()
+    for run in runs:
+        if run["arm"] == "small-random" and run["seed"] == 30:
+            run["machine"] = "another"
+    assert "small-static" not in table(tmp_path, monkeypatch, capsys, runs)
+
+
+@pytest.mark.parametrize("count, test, seeds", [
+    (3, "6.2; 0.0005", "30, 31, 32"), (4, "no test: 4 without", "30, 31, 32, 33")])
+def test_an_arm_that_often_does_not_begin_has_no_test(
+        tmp_path, monkeypatch, capsys, count, test, seeds):
+    runs = study()
+    for run in runs:
+        if run["arm"] == "high" and run["seed"] < 30 + count:
+            run |= begins(None, run["seed"], "high")
+    lines = table(tmp_path, monkeypatch, capsys, runs)
+    assert lines["high"][0][2].endswith("to 3000)") and lines["high"][0][3].endswith("or more")
+    assert lines["high"][0][4] == test and lines["high"][0][6] == seeds
+    # What has no test counts as one of Holm's three: then the second smallest p is doubled.
+    assert lines["small-static"][0][4] == ("3.0; 0.0171" if count == 3 else "3.0; 0.0341")
+
+
+def test_a_contrast_of_the_first_part_is_hidden_too(tmp_path, capsys):
+    first = PARTS[0]
+    left, late = (run(*losses, teacher_flops=0) for losses in ((9, 6, 5, 5), (9, 9, 6, 5)))
+    arms = {"random": dict.fromkeys(range(10, 19), left),
+            **{arm: dict.fromkeys(range(10, 18), late) for arm in first.tested}}
+    assert not print_part(first, arms)
+    assert "high: not full yet, 8 of its 9 pairs" in capsys.readouterr().out
+
+
+def test_single_runs_have_a_table_of_their_own(capsys):
     run = {"arm": "learned-high", "seed": 1, "batch_tokens": 2048, "steps": 2000,
            "unigram_entropy": 7.0, "loss": [[0, 9.0], [1000, 6.7], [2000, 5.7]]}  # the bound: 6.2
     stuck = {**run, "arm": "learned-random", "seed": 0, "loss": [[0, 9.0], [2000, 6.5]]}
-    print_learned([stuck, run])
+    print_single([stuck, run])
     assert capsys.readouterr().out.splitlines()[-2:] == [
-        "| high | 1 | 3.1 | 5.70 | 4.1 |", "| random | 0 | not left in 4 | 6.50 | 4.1 |"]
+        "| learned-high-1 | 3.1 | 5.70 | 4.1 |", "| learned-random-0 | not in 4 | 6.50 | 4.1 |"]
 
 
 def test_a_part_of_the_gpu_script_ends_and_is_not_run_again(tmp_path):

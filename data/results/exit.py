@@ -1,9 +1,9 @@
-"""When does a model leave the plateau? The table and the pictures of the runs of exit.sh.
+"""When does a model leave the plateau, and when does it begin to use context? See plan.md, exit.md.
 
     python -m data.results.exit                # prints the tables, writes the pictures
     python -m data.results.exit --keep RUN --to onset.jsonl     # adds a finished run to that file
 
-The exit is where the held-out loss crosses 0.9 x unigram entropy - 0.1 nats for good (plan.md).
+An endpoint is a function of a run, which is a line of such a file, to a step; None: it has none.
 """
 
 import argparse
@@ -12,18 +12,20 @@ import json
 import math
 import statistics
 import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from data.confidence import paired
-from data.files import UserError, run_script, write_atomic
+from data.files import run_script, write_atomic
 from data.plot import draw_curves, draw_differences
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
 
 HERE = Path(__file__).parent
-LINES = HERE / "exit.jsonl"
-MARGIN = 0.1  # nats below what a model without context can reach
-CONTRASTS = ("high", "static", "distill")  # fixed in plan.md; Holm's correction over these
-SEEDS = range(10, 19)  # theirs; seeds 0 to 2 chose the text and the budget
+MARGIN = 0.1  # nats below what a model without context can reach (plan.md, first part)
+LEVEL, ROW = 0.25, 4  # nats of context gain, in so many successive evaluations (second part)
+WHERE = ("machine", "dtype", "torch")  # in these, two runs that are compared must agree
 
 
 def keep(run, path):
@@ -34,7 +36,7 @@ def keep(run, path):
              "batch_tokens": flags["batch_size"] * flags["seq_len"],
              "unigram_entropy": round(config["unigram_entropy"], 4), "flops": config["flops"],
              "teacher_flops": config["teacher_flops"],
-             **{name: config["starts"][0][name] for name in ("machine", "dtype", "torch", "date")}}
+             **{name: config["starts"][0][name] for name in (*WHERE, "date")}}
     entry["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
                                      capture_output=True).stdout.strip()
     lines = [line for line in read_log(run) if "val_loss" in line]
@@ -46,14 +48,107 @@ def keep(run, path):
         f.write(json.dumps(entry) + "\n")
 
 
+# --------------------------------------------------------------------------------------------------
+# endpoints
+
+
+def crossing(before, after, level):
+    """The step at which the line between two evaluations (step, value) crosses a level."""
+    (s0, y0), (s1, y1) = before, after
+    return s0 + (s1 - s0) * (level - y0) / (y1 - y0)
+
+
+def exit_bound(run):
+    """0.9 x unigram entropy - 0.1 nats."""
+    return WITHOUT_CONTEXT * run["unigram_entropy"] - MARGIN
+
+
 def exit_step(run):
-    """The step, interpolated, from which on no evaluation is above the bound; None: not yet."""
-    bound = WITHOUT_CONTEXT * run["unigram_entropy"] - MARGIN
-    above = [i for i, (_, loss) in enumerate(run["loss"]) if not loss <= bound]
-    if not run.get("finished", True) or above[-1] == len(run["loss"]) - 1:
+    """The step at which the held-out loss crosses the bound for good."""
+    points, bound = run["loss"], exit_bound(run)
+    last = max(i for i, (_, loss) in enumerate(points) if not loss <= bound)
+    if not run.get("finished", True) or last == len(points) - 1:
         return None
-    (s0, l0), (s1, l1) = run["loss"][above[-1]:above[-1] + 2]
-    return s0 + (s1 - s0) * (l0 - bound) / (l0 - l1)
+    return crossing(points[last], points[last + 1], bound)
+
+
+def onset(run, level=LEVEL):
+    """The step at which the context gain crosses `level`: before the first of four successive
+    evaluations above it. (The evaluation at step 0 is of random weights, and never above.)"""
+    points = run["context_gain"]
+    for i in range(1, len(points) - ROW + 1):
+        if all(gain > level for _, gain in points[i:i + ROW]):
+            return crossing(points[i - 1], points[i], level)
+
+
+@dataclass
+class Part:
+    """A part of plan.md: the runs of NAME.jsonl, what is asked of them, what was fixed before."""
+
+    name: str
+    endpoint: Callable
+    seeds: range  # of the arms that were fixed: those tested and those shown
+    tested: tuple  # Holm's correction is over these
+    shown: tuple  # with an interval and no test; all arms that are not named are exploratory
+    limit: float  # the share of an arm's runs that may be without the step, or it has no test
+    beside: dict  # title -> another endpoint of the same runs
+    curve: tuple  # key of a run, what it is
+    bound: Callable | None = None  # run -> nats: a line in the picture of curves
+
+
+PARTS = [
+    Part("exit", exit_step, range(10, 19), ("high", "static", "distill"), (), 1.0, {},
+         ("loss", "held-out loss (nats)"), exit_bound),
+    Part("onset", onset, range(30, 39), ("high", "distill", "small-static"), ("distill-control",),
+         1 / 3, {"onset at 0.1 nats": partial(onset, level=0.1), "at 0.25 nats": onset,
+                 "at 0.5 nats": partial(onset, level=0.5), "exit, the old endpoint": exit_step},
+         ("context_gain", f"context gain (nats); an onset is at {LEVEL}")),
+]
+
+
+# --------------------------------------------------------------------------------------------------
+# differences to random masking
+
+
+def steps(run, endpoint):
+    """The step; the budget of a run without one."""
+    return endpoint(run) or run["steps"]
+
+
+def flops(run, endpoint, teacher):
+    """FLOPs up to that step, with (1) or without (0) the training of the teacher."""
+    return steps(run, endpoint) * run["flops"] / run["steps"] + teacher * run["teacher_flops"]
+
+
+def without(runs, endpoint):
+    """The seeds of the runs that have no such step."""
+    return [seed for seed, run in runs.items() if endpoint(run) is None]
+
+
+def pairs(arms, arm):
+    """{seed: (run, the run that masks at random on the same text)}, both of one machine."""
+    runs = arms.get(arm, {})
+    others = arms.get("small-random" if arm.startswith("small-") else "random", {})
+    return {seed: (runs[seed], others[seed]) for seed in sorted(runs.keys() & others.keys())
+            if all(runs[seed].get(name) == others[seed].get(name) for name in WHERE)}
+
+
+def ratios(part, arms, measure):
+    """{arm: {seed: run}}, run -> a number -> {arm: paired() of that number's logarithm with random
+    masking, and "each" of its differences}.
+
+    Of an arm that was fixed before, no difference is looked at before all its seeds are there.
+    """
+    found = {}
+    for arm in arms:
+        both = pairs(arms, arm)
+        if arm in part.tested + part.shown:
+            both = {s: both[s] for s in part.seeds} if both.keys() >= set(part.seeds) else {}
+        if both and arm not in ("random", "small-random"):
+            ours, theirs = ({seed: math.log(measure(pair[i])) for seed, pair in both.items()}
+                            for i in (0, 1))
+            found[arm] = {**paired(ours, theirs), "each": [ours[s] - theirs[s] for s in both]}
+    return found
 
 
 def holm(p):
@@ -65,99 +160,96 @@ def holm(p):
     return corrected
 
 
-def print_text(runs):
-    """Random masking on the three texts: in which epoch was each left?"""
-    print("| text, tokens | exits, steps | epochs of the text by then |\n|---|---|---|")
-    for arm in sorted({run["arm"] for run in runs}, key=lambda arm: int(arm.split("-")[1])):
-        found = [(exit_step(run), run) for run in runs if run["arm"] == arm]
-        epochs = [f"{step * run['batch_tokens'] / run['corpus_tokens']:.1f}" if step else "-"
-                  for step, run in found]
-        print(f"| {int(arm.split('-')[1]):,} |", ", ".join(
-            f"{step:.0f}" if step else "not left" for step, _ in found), "|", ", ".join(epochs),
-            "|")
+def tests(part, arms, found):
+    """{arm: (its t and corrected p, its sign flip) as words}, once all arms can be tested.
+
+    An arm that lacks too many steps has no test, and still counts as one of Holm's.
+    """
+    if not set(part.tested) <= found.keys():
+        return {}
+    lacking = {arm: n for arm in part.tested
+               if (n := len(without(arms[arm], part.endpoint))) > part.limit * len(part.seeds)}
+    p = holm({arm: 1.0 if arm in lacking else found[arm]["p_t"] for arm in part.tested})
+    return {arm: (f"no test: {lacking[arm]} without", "-") if arm in lacking else
+            (f"{found[arm]['difference'] / found[arm]['seed_error']:.1f}; "
+             + (f"{p[arm]:.4f}" if p[arm] >= 1e-4 else "< 0.0001"),
+             f"{found[arm]['p_sign_flip']:.3f}") for arm in part.tested}
 
 
-def print_learned(runs):
-    """BERT as published: single runs and no test (plan.md)."""
-    print("\n| learned positions, arm | seed | exit, million tokens | lowest loss | at, million "
-          "tokens |\n|---|---|---|---|---|")
+# --------------------------------------------------------------------------------------------------
+# tables and pictures
+
+
+def show(ratio, censored):
+    """paired() of logarithms -> a ratio and its interval, as words."""
+    if ratio["low"] is None:
+        return f"{math.exp(ratio['difference']):.2f}"
+    low, middle, high = (math.exp(ratio[name]) for name in ("low", "difference", "high"))
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]" + " or more" * bool(censored)
+
+
+def print_part(part, arms):
+    """Print the tables of {arm: {seed: run}} -> ratios() of the part's endpoint."""
+    found = ratios(part, arms, partial(steps, endpoint=part.endpoint))
+    verdicts = tests(part, arms, found)
+    costs = [ratios(part, arms, partial(flops, endpoint=part.endpoint, teacher=teacher))
+             for teacher in (0, 1)]
+    hidden = [arm for arm in part.tested + part.shown if arm not in found]
+    for arm in hidden:
+        there = len(pairs(arms, arm).keys() & set(part.seeds))
+        print(f"{arm}: not full yet, {there} of its {len(part.seeds)} pairs are there. Run  "
+              f"bash data/results/{part.name}.sh")
+    print(f"\n| arm | runs | {part.name}, steps: median (range) | over random [95 %] | t; p, Holm "
+          f"| sign flip | seeds without {part.name} | FLOPs to it, over random | and its teacher's "
+          "|\n|---|---|---|---|---|---|---|---|---|")
+    for arm, runs in arms.items():
+        if arm not in hidden:
+            values = sorted(steps(run, part.endpoint) for run in runs.values())
+            missing = without(runs, part.endpoint)
+            cells = [arm, str(len(runs)), f"{statistics.median(values):.0f} ({values[0]:.0f} to "
+                     f"{values[-1]:.0f})", *"---", ", ".join(map(str, missing)) or "-", *"--"]
+            if arm in found:
+                cells[3:6] = show(found[arm], missing), *verdicts.get(arm, "--")
+                cells[7:] = [f"{math.exp(cost[arm]['difference']):.2f}" for cost in costs]
+            print("|", " | ".join(cells), "|")
+    if part.beside:
+        print("\n| over random [95 %] |", " | ".join(part.beside), "|\n|" + "---|" * (
+            1 + len(part.beside)))
+        for arm in found:
+            print(f"| {arm} |", " | ".join(
+                show(ratios(part, arms, partial(steps, endpoint=endpoint))[arm],
+                     without(arms[arm], endpoint)) for endpoint in part.beside.values()), "|")
+    return found
+
+
+def print_single(runs):
+    """Runs that carry no test (plan.md): single values."""
+    print("\n| run | exit, million tokens | lowest loss | at, million tokens |\n|---|---|---|---|")
     for run in sorted(runs, key=lambda run: (run["arm"], run["seed"])):
         millions = run["batch_tokens"] / 1e6
         step, (at, lowest) = exit_step(run), min(run["loss"], key=lambda point: point[1])
-        print(f"| {run['arm'].removeprefix('learned-')} | {run['seed']} |",
-              f"{step * millions:.1f}" if step else f"not left in {run['steps'] * millions:.0f}",
+        print(f"| {run['arm']}-{run['seed']} |",
+              f"{step * millions:.1f}" if step else f"not in {run['steps'] * millions:.0f}",
               f"| {lowest:.2f} | {at * millions:.1f} |")
 
 
-def print_arms(arms):
-    """Print the table of {arm: {seed: run}} -> {arm: its paired log ratio to random masking}."""
-    # A run that has not left by the end of its budget counts as the budget, and is named.
-    exits = {arm: {seed: exit_step(run) or run["steps"] for seed, run in sorted(by_seed.items())}
-             for arm, by_seed in arms.items()}
-    logs = {arm: {seed: math.log(step) for seed, step in steps.items()}
-            for arm, steps in exits.items()}
-    ratios = {}
-    for arm in arms.keys() - {"random"}:
-        seeds = SEEDS if arm in CONTRASTS else arms[arm]
-        pairs = {seed: logs[arm][seed] for seed in seeds if seed in logs[arm]}
-        # No difference of the fixed contrasts is looked at before all their seeds are there.
-        if arm not in CONTRASTS or len(pairs) == len(SEEDS):
-            ratios[arm] = paired(pairs, logs["random"])
-            ratios[arm]["each"] = [pairs[s] - logs["random"][s] for s in ratios[arm]["seeds"]]
-    corrected = holm({arm: ratios[arm]["p_t"] for arm in CONTRASTS if arm in ratios}) if all(
-        arm in ratios for arm in CONTRASTS) else {}
-    for arm in CONTRASTS:
-        if arm not in ratios:
-            there = len(set(SEEDS) & arms.get(arm, {}).keys())
-            print(f"\n{arm}: {there} of its {len(SEEDS)} seeds "
-                  "are there; no difference is shown before all are")
-    print("\n| arm | seeds | exit, steps: median (range) | over random [95 %] | p of t, Holm | "
-          "sign flip (smallest) | not left | FLOPs |\n|---|---|---|---|---|---|---|---|")
-    cost = statistics.mean(run["flops"] for run in arms["random"].values())
-    shown = [arm for arm in arms if arm in ratios or arm not in CONTRASTS]
-    for arm in sorted(shown, key=lambda arm: statistics.median(exits[arm].values())):
-        steps, ratio = sorted(exits[arm].values()), ratios.get(arm)
-        cells = [arm, str(len(steps)),
-                 f"{statistics.median(steps):.0f} ({steps[0]:.0f} to {steps[-1]:.0f})"]
-        if ratio and ratio["low"] is not None:
-            cells += [f"{math.exp(ratio['difference']):.2f} [{math.exp(ratio['low']):.2f}, "
-                      f"{math.exp(ratio['high']):.2f}]",
-                      "-" if arm not in corrected else
-                      f"{corrected[arm]:.4f}" if corrected[arm] >= 1e-4 else "< 0.0001",
-                      f"{ratio['p_sign_flip']:.3f} ({ratio['p_smallest']:.3f})"]
-        else:
-            cells += ["-", "-", "-"]
-        stuck = [str(seed) for seed, run in arms[arm].items() if exit_step(run) is None]
-        spent = statistics.mean(run["flops"] for run in arms[arm].values()) / cost
-        print("|", " | ".join([*cells, ", ".join(stuck) or "-", f"{spent:.2f}"]), "|")
-    return ratios
-
-
-def draw(arms, ratios):
-    """Write the curves of all arms, the same shifted by their exits, and the ratios."""
-    title = "held-out loss (nats)"
-    bound = next(WITHOUT_CONTEXT * r["unigram_entropy"] - MARGIN for r in arms["random"].values())
-    arms = dict(sorted(arms.items(), key=lambda item: statistics.median(  # one colour in both
-        exit_step(run) or math.inf for run in item[1].values())))
-    curves = {arm: [[tuple(point) for point in run["loss"] if point[1] < 20]
-                    for run in by_seed.values()] for arm, by_seed in arms.items()}
-    write_atomic(HERE / "exit-curves.svg", draw_curves(
-        curves, {"exit": bound}, title, "training steps", 1).encode())
-    shifted = {}
-    for arm, by_seed in arms.items():  # 0 is the exit; a multiple of 25, as the others have it
-        for run in by_seed.values():
-            if exit_step(run):
-                at = 25 * round(exit_step(run) / 25)
-                shifted.setdefault(arm, []).append([(s - at, loss) for s, loss in run["loss"]])
-    write_atomic(HERE / "exit-shifted.svg", draw_curves(
-        shifted, {"exit": bound}, title, "training steps after the exit", 1).encode())
-    rows = [(arm, *(nats / math.log(2) for nats in (r["difference"], r["low"], r["high"],
-                                                    *r["each"])))
-            for arm, r in sorted(ratios.items(), key=lambda item: item[1]["difference"])
-            if r["low"] is not None]
-    write_atomic(HERE / "exit-ratios.svg", draw_differences(
-        [("exit time over that of random masking: mean, 95 % interval, every seed", rows)],
-        "halvings (-1, -2) and doublings (+1, +2) of the time on the plateau",
+def draw(part, arms, found):
+    """Write the curves of all arms, and the ratios of their endpoints to random masking's."""
+    key, title = part.curve
+    curves = {arm: [[tuple(point) for point in run[key] if point[1] < 20]  # or it diverged
+                    for run in runs.values()] for arm, runs in arms.items()}
+    levels = {part.name: part.bound(run) for run in arms["random"].values() if part.bound}
+    write_atomic(HERE / f"{part.name}-curves.svg", draw_curves(
+        curves, levels, title, "training steps", 1).encode())
+    rows = []
+    for arm, ratio in found.items():
+        missing = len(without(arms[arm], part.endpoint))
+        nats = [ratio["difference"], ratio["low"], ratio["high"], *ratio["each"]]
+        rows.append((arm + f" ({missing} without)" * bool(missing),
+                     *(value / math.log(2) for value in nats)))
+    write_atomic(HERE / f"{part.name}-ratios.svg", draw_differences(
+        [(f"{part.name} over that of random masking: mean, 95 % interval, every seed", rows)],
+        f"halvings (-1, -2) and doublings (+1, +2) of the steps to the {part.name}",
         lambda doublings: f"{2**doublings:.2f}").encode())
 
 
@@ -169,21 +261,21 @@ def main():
     args = parser.parse_args()
     if args.keep:
         return keep(args.keep, HERE / args.to)
-    if not LINES.exists():
-        raise UserError("nothing has run yet:  CORPUS=FILE bash data/results/exit.sh text")
-    runs = [json.loads(line) for line in LINES.read_text().splitlines()]
-    print_text([run for run in runs if run["arm"].startswith("text-")])
-    if learned := [run for run in runs if run["arm"].startswith("learned-")]:
-        print_learned(learned)
-    arms = {}
-    for run in runs:
-        if not run["arm"].startswith(("text-", "learned-")):
-            arms.setdefault(run["arm"], {})[run["seed"]] = run
-    if "random" not in arms:
-        return
-    ratios = print_arms(arms)
-    if all(arm in ratios for arm in CONTRASTS):
-        draw(arms, ratios)
+    for part in PARTS:
+        path, arms, single = HERE / f"{part.name}.jsonl", {}, []
+        print(f"\n{path.name}")
+        for run in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+            if run["arm"].startswith(("text-", "learned-")):
+                single.append(run)
+            else:
+                arms.setdefault(run["arm"], {})[run["seed"]] = run
+        if single:
+            print_single(single)
+        arms = dict(sorted(arms.items(), key=lambda item: statistics.median(
+            steps(run, part.endpoint) for run in item[1].values())))
+        found = print_part(part, arms)
+        if set(part.tested + part.shown) <= found.keys():
+            draw(part, arms, found)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,13 @@
 #!/usr/bin/env bash
-# When does a model leave the plateau? The runs of plan.md, in its order. From the repository's folder:
+# When does a model leave the plateau? The runs of plan.md, first part. From the repository's folder:
 #
 #     CORPUS=FILE bash data/results/exit.sh text    # random masking, three texts, seeds 0 to 2
 #     CORPUS=FILE bash data/results/exit.sh arms    # all arms, on the text that `text` chose
 #     CORPUS=FILE bash data/results/exit.sh learned # BERT as published, for a GPU: see gpu.sh
 #     python -m data.results.exit                   # the table and the pictures
+#
+# The runs of exit.jsonl can be repeated as they were at commit 4b704f6: there `high-unmasked` asks its
+# teacher once, which gives the same losses, and `rise` is an arm.
 #
 # It can be stopped at any time and started again: a finished run is kept as a line of exit.jsonl,
 # an interrupted one is resumed. JOBS runs at once, each with one thread (default 2).
@@ -59,8 +62,7 @@ arms)
                 echo "distill-$seed --masking random --distill complete $T $S"
             else
                 echo "low-$seed --masking entropy $T --select low $S"
-                echo "high-unmasked-$seed --masking entropy $T --select high --score-input once --pool 0 $S"
-                echo "rise-$seed --masking entropy $T --select rise $S"
+                echo "high-unmasked-$seed --masking entropy $T --select high --score-input unmasked --pool 0 $S"
                 echo "random-30-$seed --masking random --mask-rate 0.3 $S"
                 echo "self-high-$seed --masking self --select high --score-input masked --init-frac 0 $S"
                 echo "self-unmasked-$seed --masking self --select high --score-input unmasked --pool 0 --init-frac 0 $S"
