@@ -100,10 +100,22 @@ PARTS = [
     Part("exit", exit_step, range(10, 19), ("high", "static", "distill"), (), 1.0, {},
          ("loss", "held-out loss (nats)"), exit_bound),
     Part("onset", onset, range(30, 39), ("high", "distill", "small-static"), ("distill-control",),
-         1 / 3, {"onset at 0.1 nats": partial(onset, level=0.1), "at 0.25 nats": onset,
-                 "at 0.5 nats": partial(onset, level=0.5), "exit, the old endpoint": exit_step},
+         1 / 3, {"onset at 0.1 nats": partial(onset, level=0.1),
+                 "at 0.5 nats": partial(onset, level=0.5), "exit": exit_step},
          ("context_gain", f"context gain (nats); an onset is at {LEVEL}")),
 ]
+
+
+def read_runs(part):
+    """-> {arm: {seed: run}}, in the order of their medians, and a list of runs without a test."""
+    path, arms, single = HERE / f"{part.name}.jsonl", {}, []
+    for run in map(json.loads, path.read_text().splitlines() if path.exists() else []):
+        if run["arm"].startswith(("text-", "learned-")):
+            single.append(run)
+        else:
+            arms.setdefault(run["arm"], {})[run["seed"]] = run
+    return dict(sorted(arms.items(), key=lambda item: statistics.median(
+        steps(run, part.endpoint) for run in item[1].values()))), single
 
 
 # --------------------------------------------------------------------------------------------------
@@ -192,33 +204,30 @@ def print_part(part, arms):
     """Print the tables of {arm: {seed: run}} -> ratios() of the part's endpoint."""
     found = ratios(part, arms, partial(steps, endpoint=part.endpoint))
     verdicts = tests(part, arms, found)
-    costs = [ratios(part, arms, partial(flops, endpoint=part.endpoint, teacher=teacher))
-             for teacher in (0, 1)]
     hidden = [arm for arm in part.tested + part.shown if arm not in found]
     for arm in hidden:
         there = len(pairs(arms, arm).keys() & set(part.seeds))
         print(f"{arm}: not full yet, {there} of its {len(part.seeds)} pairs are there. Run  "
               f"bash data/results/{part.name}.sh")
     print(f"\n| arm | runs | {part.name}, steps: median (range) | over random [95 %] | t; p, Holm "
-          f"| sign flip | seeds without {part.name} | FLOPs to it, over random | and its teacher's "
-          "|\n|---|---|---|---|---|---|---|---|---|")
+          f"| sign flip | seeds without |\n{'|---' * 7}|")
     for arm, runs in arms.items():
         if arm not in hidden:
             values = sorted(steps(run, part.endpoint) for run in runs.values())
             missing = without(runs, part.endpoint)
             cells = [arm, str(len(runs)), f"{statistics.median(values):.0f} ({values[0]:.0f} to "
-                     f"{values[-1]:.0f})", *"---", ", ".join(map(str, missing)) or "-", *"--"]
-            if arm in found:
-                cells[3:6] = show(found[arm], missing), *verdicts.get(arm, "--")
-                cells[7:] = [f"{math.exp(cost[arm]['difference']):.2f}" for cost in costs]
+                     f"{values[-1]:.0f})", show(found[arm], missing) if arm in found else "-",
+                     *verdicts.get(arm, "--"), " ".join(map(str, missing)) or "-"]
             print("|", " | ".join(cells), "|")
-    if part.beside:
-        print("\n| over random [95 %] |", " | ".join(part.beside), "|\n|" + "---|" * (
-            1 + len(part.beside)))
-        for arm in found:
-            print(f"| {arm} |", " | ".join(
-                show(ratios(part, arms, partial(steps, endpoint=endpoint))[arm],
-                     without(arms[arm], endpoint)) for endpoint in part.beside.values()), "|")
+    costs = [ratios(part, arms, partial(flops, endpoint=part.endpoint, teacher=teacher))
+             for teacher in (0, 1)]
+    print("\n| over random | FLOPs to it | with the teacher's", *part.beside, sep=" | ", end=" |\n")
+    print("|---" * (3 + len(part.beside)) + "|")
+    for arm in found:
+        cells = [f"{math.exp(cost[arm]['difference']):.2f}" for cost in costs]
+        cells += [show(ratios(part, arms, partial(steps, endpoint=endpoint))[arm],
+                       without(arms[arm], endpoint)) for endpoint in part.beside.values()]
+        print(f"| {arm} |", " | ".join(cells), "|")
     return found
 
 
@@ -262,17 +271,10 @@ def main():
     if args.keep:
         return keep(args.keep, HERE / args.to)
     for part in PARTS:
-        path, arms, single = HERE / f"{part.name}.jsonl", {}, []
-        print(f"\n{path.name}")
-        for run in map(json.loads, path.read_text().splitlines() if path.exists() else []):
-            if run["arm"].startswith(("text-", "learned-")):
-                single.append(run)
-            else:
-                arms.setdefault(run["arm"], {})[run["seed"]] = run
+        print(f"\n{part.name}.jsonl")
+        arms, single = read_runs(part)
         if single:
             print_single(single)
-        arms = dict(sorted(arms.items(), key=lambda item: statistics.median(
-            steps(run, part.endpoint) for run in item[1].values())))
         found = print_part(part, arms)
         if set(part.tested + part.shown) <= found.keys():
             draw(part, arms, found)
