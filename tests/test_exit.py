@@ -11,7 +11,7 @@ import subprocess
 import pytest
 
 from data.results.exit import (
-    PARTS, exit_step, flops, holm, main, onset, print_part, print_single, read_runs,
+    PARTS, exit_step, flops, holm, keep, main, onset, print_part, print_single, read_runs,
 )
 from tests.helpers import ROOT
 
@@ -116,6 +116,28 @@ def test_the_table_of_the_second_part_by_hand(tmp_path, monkeypatch, capsys):
                                     "1.00 [1.00, 1.00] or more"]
     for picture in ("onset-curves.svg", "onset-ratios.svg"):
         assert "small-static" in (tmp_path / picture).read_text()
+
+
+def test_a_finished_run_is_kept_as_one_line(tmp_path):
+    run, kept = tmp_path / "small-static-31", tmp_path / "kept.jsonl"
+    run.mkdir()
+    start = {"machine": "ours", "dtype": "float32", "torch": "2", "date": "today"}
+    names = ("corpus_sha256", "tokenizer_sha256", "teacher_sha256", "origin_sha256")
+    (run / "config.json").write_text(json.dumps({
+        "flags": {"seed": 31, "steps": 25, "corpus_tokens": 0, "batch_size": 16, "seq_len": 128},
+        "parameters": 1, "unigram_entropy": 7.00004, "flops": 5, "teacher_flops": 2,
+        "starts": [start], **dict.fromkeys(names, "")}))
+    line = {"step": 0, "val_loss": 9.00012, "context_gain": -0.00004}
+    lines = line, {"step": 10}, {"step": 25, "val_loss": 8.5, "context_gain": 0.25}
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    keep(run, kept)
+    entry = json.loads(kept.read_text())
+    assert entry.pop("commit") is not None
+    assert entry == {
+        "run": "small-static-31", "arm": "small-static", "seed": 31, "steps": 25,
+        "corpus_tokens": 0, "batch_tokens": 2048, "unigram_entropy": 7.0, "flops": 5,
+        "teacher_flops": 2, **start, "finished": False, "loss": [[0, 9.0], [25, 8.5]],
+        "context_gain": [[0, -0.0], [25, 0.25]]}
 
 
 def test_a_contrast_is_hidden_at_eight_seeds(tmp_path, monkeypatch, capsys):

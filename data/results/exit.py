@@ -87,22 +87,22 @@ class Part:
 
     name: str
     endpoint: Callable
+    curve: tuple  # the key of a run that is drawn, and its title
     seeds: range  # of the arms that were fixed: those tested and those shown
     tested: tuple  # Holm's correction is over these
-    shown: tuple  # with an interval and no test; all arms that are not named are exploratory
-    limit: float  # the share of an arm's runs that may be without the step, or it has no test
-    beside: dict  # title -> another endpoint of the same runs
-    curve: tuple  # key of a run, what it is
-    bound: Callable | None = None  # run -> nats: a line in the picture of curves
+    shown: tuple = ()  # with an interval and no test; arms that are not named are exploratory
+    limit: float = 1.0  # an arm has no test if a larger share of its runs is without the step
+    beside: tuple = ()  # of (title, another endpoint of the same runs)
+    bound: Callable | None = None  # run -> nats, a line in the picture of curves
 
 
 PARTS = [
-    Part("exit", exit_step, range(10, 19), ("high", "static", "distill"), (), 1.0, {},
-         ("loss", "held-out loss (nats)"), exit_bound),
-    Part("onset", onset, range(30, 39), ("high", "distill", "small-static"), ("distill-control",),
-         1 / 3, {"onset at 0.1 nats": partial(onset, level=0.1),
-                 "at 0.5 nats": partial(onset, level=0.5), "exit": exit_step},
-         ("context_gain", f"context gain (nats); an onset is at {LEVEL}")),
+    Part("exit", exit_step, ("loss", "held-out loss (nats)"), range(10, 19),
+         ("high", "static", "distill"), bound=exit_bound),
+    Part("onset", onset, ("context_gain", f"context gain (nats); an onset is at {LEVEL}"),
+         range(30, 39), ("high", "distill", "small-static"), shown=("distill-control",),
+         limit=1 / 3, beside=(("onset at 0.1 nats", partial(onset, level=0.1)),
+                              ("at 0.5 nats", partial(onset, level=0.5)), ("exit", exit_step))),
 ]
 
 
@@ -221,12 +221,14 @@ def print_part(part, arms):
             print("|", " | ".join(cells), "|")
     costs = [ratios(part, arms, partial(flops, endpoint=part.endpoint, teacher=teacher))
              for teacher in (0, 1)]
-    print("\n| over random | FLOPs to it | with the teacher's", *part.beside, sep=" | ", end=" |\n")
+    print("\n| over random | FLOPs to it | with the teacher's",
+          *(title for title, _ in part.beside), sep=" | ", end=" |\n")
     print("|---" * (3 + len(part.beside)) + "|")
     for arm in found:
-        cells = [f"{math.exp(cost[arm]['difference']):.2f}" for cost in costs]
+        more = " or more" * bool(without(arms[arm], part.endpoint))
+        cells = [f"{math.exp(cost[arm]['difference']):.2f}{more}" for cost in costs]
         cells += [show(ratios(part, arms, partial(steps, endpoint=endpoint))[arm],
-                       without(arms[arm], endpoint)) for endpoint in part.beside.values()]
+                       without(arms[arm], endpoint)) for _, endpoint in part.beside]
         print(f"| {arm} |", " | ".join(cells), "|")
     return found
 
@@ -253,9 +255,10 @@ def draw(part, arms, found):
     rows = []
     for arm, ratio in found.items():
         missing = len(without(arms[arm], part.endpoint))
-        nats = [ratio["difference"], ratio["low"], ratio["high"], *ratio["each"]]
-        rows.append((arm + f" ({missing} without)" * bool(missing),
-                     *(value / math.log(2) for value in nats)))
+        if ratio["low"] is not None:  # one pair has no interval
+            nats = [ratio["difference"], ratio["low"], ratio["high"], *ratio["each"]]
+            rows.append((arm + f" ({missing} without)" * bool(missing),
+                         *(value / math.log(2) for value in nats)))
     write_atomic(HERE / f"{part.name}-ratios.svg", draw_differences(
         [(f"{part.name} over that of random masking: mean, 95 % interval, every seed", rows)],
         f"halvings (-1, -2) and doublings (+1, +2) of the steps to the {part.name}",
