@@ -213,7 +213,7 @@ def test_a_part_of_the_gpu_script_ends_and_is_not_run_again(tmp_path):
     def call(*parts):
         return subprocess.run(
             ["bash", ROOT / "data/results/gpu.sh", *parts], capture_output=True, text=True,
-            env={**os.environ, "OUT": str(tmp_path), "PYTHON": "echo"})
+            env={**os.environ, "OUT": str(tmp_path), "PYTHON": "echo", "CORPUS": ""})
 
     assert re.match(r"bench: \d+ s, ended with 0\n", call("bench").stdout)
     text = (tmp_path / "bench.txt").read_text()

@@ -2,9 +2,7 @@
 # What is asked of one GPU, a quarter of an hour of an H100 in all. From the repository's folder:
 #
 #     CORPUS=FILE OUT=FOLDER bash data/results/gpu.sh learned    # 9 minutes at most: learned positions (plan.md)
-#     OUT=FOLDER bash data/results/gpu.sh profile                # 4: where a step's time goes
 #     OUT=FOLDER bash data/results/gpu.sh bench                  # 4: steps of all arms, and of transformers
-#     CORPUS=FILE OUT=FOLDER bash data/results/gpu.sh race       # 3: time to a loss, us and BERT
 #
 # OUT gets one text file a part, exit.jsonl and the logs of the runs. A part that is through is not
 # run again; a run that was interrupted is resumed. Every part has an end: what it had by then stands.
@@ -55,23 +53,19 @@ learned() {
     tail -n 5 "$RUNS"/*.txt > "$OUT/messages.txt"
 }
 
-for name in "${@:-learned profile bench race}"; do
-    for each in $name; do
-        case $each in
-        learned | race) : "${CORPUS:?$each reads a text:  CORPUS=FILE OUT=FOLDER bash data/results/gpu.sh $each}" ;;
-        profile | bench) ;;
-        *) echo "the parts are learned, profile, bench and race" >&2; exit 2 ;;
-        esac
-    done
-    for each in $name; do
-        case $each in
-        learned) learned ;;
-        profile) part profile 300 "$PYTHON" -m tests.profiling --device "$DEVICE" --seconds 240 ${PROFILE:-} ;;
-        # Cases of train.py and of transformers: both have "tra".
-        bench) part bench 280 "$PYTHON" -m tests.bench --device "$DEVICE" --rounds 1 --compile --only tra \
-            ${BENCH:---size small --vocab-size 30522 --batch-size 256} ;;
-        race) part race 200 "$PYTHON" -m tests.race --device "$DEVICE" --corpus "$CORPUS" \
-            ${RACE:---budget 3 --rates 1e-3} ;;
-        esac
-    done
+[ $# -gt 0 ] || set -- learned bench
+for name in "$@"; do
+    case $name in
+    learned) : "${CORPUS:?$name reads a text:  CORPUS=FILE OUT=FOLDER bash data/results/gpu.sh $name}" ;;
+    bench) ;;
+    *) echo "the parts are learned and bench" >&2; exit 2 ;;
+    esac
+done
+for name in "$@"; do
+    case $name in
+    learned) learned ;;
+    # Cases of train.py and of transformers: both have "tra".
+    bench) part bench 280 "$PYTHON" -m tests.bench --device "$DEVICE" --rounds 1 --compile --only tra \
+        ${BENCH:---size small --vocab-size 30522 --batch-size 256} ;;
+    esac
 done
