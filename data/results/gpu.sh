@@ -2,7 +2,7 @@
 # What is asked of one GPU, a quarter of an hour of an H100 in all. From the repository's folder:
 #
 #     CORPUS=FILE OUT=FOLDER bash data/results/gpu.sh learned    # 9 minutes at most: learned positions (plan.md)
-#     OUT=FOLDER bash data/results/gpu.sh bench                  # 4: steps of all arms, and of transformers
+#     OUT=FOLDER bash data/results/gpu.sh bench                  # 4: steps of train.py and of transformers
 #
 # OUT gets one text file a part, exit.jsonl and the logs of the runs. A part that is through is not
 # run again; a run that was interrupted is resumed. Every part has an end: what it had by then stands.
