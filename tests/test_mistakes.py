@@ -63,16 +63,6 @@ model.py RUN --exprt x -> unrecognized arguments: --exprt; data/plot.py nowhere 
 """
 
 
-def wrong_lines(folder, run):
-    """Yield (line, the command that it stands for, what its answer must have)."""
-    for case in WRONG.strip().replace("\n", "; ").split("; "):
-        line, _, word = case.partition(" -> ")
-        argv = [run if word == "RUN" else word for word in line.split()]
-        if argv[0] == "train.py" and "--resume" not in argv and "--eval" not in argv:
-            argv = command(folder, "refused", *argv[1:])
-        yield line, argv, word or [w for w in line.split() if w.startswith("--")][-1]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("mistakes")
@@ -82,10 +72,15 @@ def folder(tmp_path_factory):
     return folder
 
 
-def test_mistakes_are_one_line(folder, monkeypatch, capsys):
-    for line, argv, word in wrong_lines(folder, folder / "run"):
-        assert word in refused(argv, monkeypatch, capsys), line
-        assert not (folder / "refused").exists(), line
+@pytest.mark.parametrize("case", WRONG.strip().replace("\n", "; ").split("; "))
+def test_a_mistake_is_one_line(case, folder, monkeypatch, capsys):
+    line, _, answer = case.partition(" -> ")
+    argv = [folder / "run" if word == "RUN" else word for word in line.split()]
+    if argv[0] == "train.py" and not {"--resume", "--eval"} & set(argv):
+        argv = command(folder, "refused", *argv[1:])
+    answer = answer or [word for word in line.split() if word.startswith("--")][-1]
+    assert answer in refused(argv, monkeypatch, capsys)
+    assert not (folder / "refused").exists()
 
 
 def test_graphs_do_not_write_over_gradients_that_are_summed(folder, monkeypatch, capsys):
