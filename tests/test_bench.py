@@ -75,3 +75,16 @@ def test_ratios_are_taken_within_a_round():
                                         "| train.py, self, masked | 5 | 4.00 | 0.05 |"]
     del results["train.py, random"]
     assert bench.table(results)[2:] == ["| train.py, self, masked | 5 | - | 0.05 |"]
+
+
+def test_cases_take_turns(monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(bench, "measure", lambda name, *_: asked.append(name) or (2.0, 3.0))
+    monkeypatch.setattr("sys.argv", ["bench", *"--only train --rounds 2 --compile --device cpu "
+                        "--size small --vocab-size 30522 --batch-size 256 --threads 1".split()])
+    bench.main()
+    training = [name for name in OURS if name.startswith("train.py")]
+    assert asked == 2 * ["peak", *training]
+    lines = capsys.readouterr().out.splitlines()
+    assert "small, 30522 pieces, 256 rows of 128, compiled, peak 0 GFLOP/s, 2 rounds" in lines[0]
+    assert lines[-len(training):] == [f"| {name} | 2 | 1.00 | 1.00 |" for name in training]
