@@ -30,6 +30,8 @@ from data.files import load_tensors, run_script, save_tensors, sha256_file, writ
 from data.machine import Machine
 from data.runs import config_sha256, read_config, read_log
 from data.tasks import TASKS
+from data.tokenizer import CLS, N_SPECIAL, SEP
+from model import Bert, Shape
 
 ROOT = Path(__file__).parent.parent
 Result = namedtuple("Result", "status text")
@@ -171,6 +173,26 @@ def save_run(run, model, tokenizer_path, **flags):
     save_tensors(run / "model.pt", {"shape": asdict(model.shape), "model": model.state_dict(),
                                     "config_sha256": config_sha256(read_config(run))})
     return run
+
+
+# ---- a small model and rows for it
+
+V, T = 300, 34  # pieces; tokens of a row
+
+
+def small_model(**changes):
+    torch.manual_seed(0)
+    return Bert(Shape(**{"vocab_size": V, "layers": 2, "width": 64, "seq_len": T, **changes}))
+
+
+def rows_of(n, length=T, seed=0, separators=0):
+    """(n, length) tokens between [CLS] and [SEP], so many [SEP]s inside each row."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(N_SPECIAL, V, (n, length), generator=generator)
+    tokens[:, 0], tokens[:, -1] = CLS, SEP
+    for _ in range(separators):
+        tokens[torch.arange(n), torch.randint(1, length - 1, (n,), generator=generator)] = SEP
+    return tokens
 
 
 # ---- text and tasks
