@@ -13,12 +13,13 @@ Each try is a forked process, in which torch is imported already: it takes a sec
 come from --seed, but what a kill interrupts depends on the machine.
 """
 
-import copy
 import functools
 import gzip
+import itertools
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -37,7 +38,7 @@ from tqdm import tqdm
 import glue
 from data import corpus, runs, scores, tasks
 from data.files import (
-    UserError, load_tensors, read_json, run_script, save_tensors, sha256_file, write_json,
+    UserError, load_tensors, read_json, run_script, save_tensors, write_json,
 )
 from data.flags import check_ranges, defaults, flag_parser
 from data.text import read_documents
@@ -102,24 +103,21 @@ def undisturbed(folder, name):
     return contents(out), time.time() - began
 
 
+READ = {  # what is compared of a file: all of it, but without the clock
+    "log.jsonl": lambda path: what_was_logged(path.parent),
+    "glue.json": lambda path: [(e["task"], e["seed"], e["parts"])
+                               for e in read_json(path)["scores"]],
+    "model.pt": lambda path: {name: value.numpy().tobytes()
+                              for name, value in load_tensors(path)["model"].items()},
+}
+
+
 def contents(out):
-    """What stands in a folder: of a run its log without the clock and its weights, of scores all
-    but the time they took, of any other file its hash."""
-    found = {}
-    for path in sorted(p for p in out.rglob("*") if p.is_file() and p.name != ".lock"):
-        name = str(path.relative_to(out))
-        if ".building-" in name:  # what a kill left of a corpus: it is removed after a day
-            continue
-        if path.name == "log.jsonl":
-            found[name] = what_was_logged(path.parent)
-        elif path.name == "glue.json":
-            found[name] = [(e["task"], e["seed"], e["parts"]) for e in read_json(path)["scores"]]
-        elif path.name == "model.pt":  # without its hash of config.json, which has the clock
-            found[name] = {key: value.numpy().tobytes()
-                           for key, value in load_tensors(path)["model"].items()}
-        elif "checkpoint" not in path.name and path.name != "config.json":
-            found[name] = sha256_file(path)
-    return found
+    """{file: what is compared of it}. Checkpoints and config.json have the clock in them, and of a
+    corpus a kill leaves a half, which goes after a day."""
+    files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
+    return {name: READ.get(path.name, Path.read_bytes)(path) for name, path in files.items()
+            if not re.search(r"checkpoint|config\.json|\.lock|\.building-", name)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -221,36 +219,43 @@ def strike(kind, folder, tries, rng):
 
 
 # --------------------------------------------------------------------------------------------------
-# damaged files: each reader reads them rightly, or refuses them in one line
+# damaged files: each reader reads them rightly, or refuses them in one line. What has a checksum or
+# is JSON was damaged in test_data.py; here it is whole, and something in it is wrong
 
 NASTY = [-1, 0, 64, 10**40, 0.5, float("nan"), float("inf"), None, True, [], {}, "", "x", "\ud800",
          [[1]]]
 
 
-def damage(data, rng):
+def damage(path, rng):
     """Do something to the bytes of a file."""
+    data = path.read_bytes()
     first = rng.randrange(len(data))
     part = data[first:first + rng.choice([1, 10, 1000])]
-    return data[:first] + rng.choice([
+    path.write_bytes(data[:first] + rng.choice([
         b"", part * 3, bytes(len(part)), rng.randbytes(len(part)), b"\n" + part, b"\t" + part,
         bytes([part[0] ^ 1 << rng.randrange(8)]) + part[1:], "\u2028\U0001f600".encode() + part,
         json.dumps(rng.choice(NASTY)).encode(), b"[" * 2000,
-    ]) + data[first + len(part):] * (rng.random() < 0.8)  # else it is cut short
+    ]) + data[first + len(part):] * (rng.random() < 0.8))  # else it is cut short
 
 
-def forge(whole, rng):
-    """Put another thing in the place of one, somewhere in nested dicts and lists."""
-    key = rng.choice(list(whole) if isinstance(whole, dict) else range(len(whole)))
-    if isinstance(whole[key], (dict, list)) and whole[key] and rng.random() < 0.8:
-        return forge(whole[key], rng)
+def forge(path, rng):
+    """Put another thing, or none, in the place of one, somewhere in nested dicts and lists."""
+    read, save = (read_json, write_json) if path.suffix == ".json" else (load_tensors, save_tensors)
+    inner = content = read(path)
+    while True:
+        key = rng.choice(list(inner) if isinstance(inner, dict) else range(len(inner)))
+        if not isinstance(inner[key], (dict, list)) or not inner[key] or rng.random() < 0.2:
+            break
+        inner = inner[key]
     if rng.random() < 0.3:
-        del whole[key]
+        del inner[key]
     else:
-        whole[key] = copy.deepcopy(rng.choice(NASTY))
+        inner[key] = rng.choice(NASTY)
+    save(path, content)
 
 
 def readers(folder):
-    """{name: (files, read(file))}"""
+    """{name: (files, read(file), what is done to them)}"""
     run, plain = folder / "glue" / "run", (folder / "text.txt").read_bytes()
     undisturbed(folder, "glue")
     for name, data in (("a.txt", plain), ("a.gz", gzip.compress(plain)),
@@ -263,42 +268,31 @@ def readers(folder):
         scores.show_tables(scores.make_tables([model], model.arm))
 
     return {
-        "corpus text": (folder.glob("a.*"), lambda path: list(read_documents([path]))),
+        "corpus text": (folder.glob("a.*"), lambda path: list(read_documents([path])), damage),
         "GLUE files": ((folder / "GLUE").glob("*/*.tsv"), lambda path: tasks.read_task(
-            path.parent.name, str(folder / "GLUE"), "")),
-        "log.jsonl": ([run / "log.jsonl"], lambda path: runs.read_log(run)),
-        "config.json": ([run / "config.json"], score_table),
-        "glue.json": ([run / "glue.json"], score_table),
-        "model.pt": ([run / "model.pt"], read_model),
+            path.parent.name, str(folder / "GLUE"), ""), damage),
+        "log.jsonl": ([run / "log.jsonl"], lambda path: runs.read_log(run), damage),
+        "config.json": ([run / "config.json"], score_table, forge),
+        "glue.json": ([run / "glue.json"], score_table, forge),
+        "model.pt": ([run / "model.pt"], read_model, forge),
     }
 
 
 def damaged(folder, tries, rng):
-    """Many files for each reader. Forged ones are whole, with another value or none in one place.
-    """
-    for name, (paths, read) in readers(folder).items():
-        paths = sorted(paths)
-        for kind in ["damaged"] + ["forged"] * (paths[0].suffix in (".json", ".pt")):
-            for i in range(15 * tries):
-                path = paths[i % len(paths)]
-                whole = path.read_bytes()
-                if kind == "damaged":
-                    path.write_bytes(damage(whole, rng))
-                else:
-                    read_it, save = ((read_json, write_json) if path.suffix == ".json" else
-                                     (load_tensors, save_tensors))
-                    forge(content := read_it(path), rng)
-                    save(path, content)
-                lost, status = "", 2
-                try:
-                    read(path)
-                    status = "read"
-                except (UserError, OSError) as error:  # an OSError is told in one line, too
-                    lost = "" if str(error).strip() else f"{path.name}: refused without a word"
-                except Exception:  # whatever it is, it is what we look for, and it is reported
-                    lost = f"{path.name}: {traceback.format_exc()}"
-                path.write_bytes(whole)
-                yield f"{kind} files: {name}", lost, status
+    """Yield (fault, what was lost or "", exit status) of many files for each reader."""
+    for name, (paths, read, spoil) in readers(folder).items():
+        for path in itertools.islice(itertools.cycle(sorted(paths)), 15 * tries):
+            whole, lost, status = path.read_bytes(), "", 2
+            spoil(path, rng)
+            try:
+                read(path)
+                status = "read"
+            except (UserError, OSError) as error:  # an OSError is told in one line, too
+                lost = "" if str(error).strip() else f"{path.name}: refused without a word"
+            except Exception:  # whatever it is, it is what we look for, and it is reported
+                lost = f"{path.name}: {traceback.format_exc()}"
+            path.write_bytes(whole)
+            yield f"damaged files: {name}", lost, status
 
 
 # --------------------------------------------------------------------------------------------------
