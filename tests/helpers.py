@@ -122,8 +122,8 @@ def result_of(process, seconds=900):
     return Result(status, text)
 
 
-def finish(what, limit=None, value=0, seconds=900):
-    return result_of(start(what, limit, value), seconds)
+def finish(what, limit=None, value=0):
+    return result_of(start(what, limit, value))
 
 
 def send(process, *numbers, pause=0):
