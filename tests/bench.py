@@ -37,7 +37,7 @@ import torch.nn.functional as F
 
 import glue
 import train
-from data import arguments, corpus
+from data import corpus
 from data.files import run_script
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
@@ -85,7 +85,7 @@ def dense_flops(layers, width, T, V=0, predicted=0):
 
 def training(args, machine, arm):
     """train.update, of one arm."""
-    flags, _ = arguments.parse_args([
+    flags, *_ = train.parse_args([
         "--size", args.size, "--vocab-size", str(args.vocab_size), "--seq-len", str(args.seq_len),
         "--batch-size", str(args.batch_size), "--out", "never-made", *ARMS[arm].split(),
         *["--compile"] * args.compile])
@@ -95,7 +95,7 @@ def training(args, machine, arm):
     job, *_ = train.build(flags, machine, text, torch.zeros(1, args.seq_len, dtype=torch.long))
     steps = itertools.count()
     return (lambda: train.update(flags, job, next(steps)), args.batch_size * args.seq_len,
-            train.count_flops(flags, job.model.shape, None, [0]))
+            train.count_flops(flags, job, [0]))
 
 
 def tuning(args, machine, task):

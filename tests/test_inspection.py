@@ -22,23 +22,17 @@ from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from data.vocabulary import VocabularyMean
 from masking import Strategy
 from model import Bert, Shape, forward_flops, load
-from tests.helpers import call, command, save_run, write_corpus
+from tests import helpers
+from tests.helpers import T, V, call, command, save_run, small_model, write_corpus
 
 SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
-V, T = 300, 34
 
 
-def rows_of(n, length=T):
-    """(n, length) tokens between [CLS] and [SEP], with a [SEP] inside every second row."""
-    tokens = torch.randint(N_SPECIAL, V, (n, length), generator=torch.Generator().manual_seed(0))
-    tokens[:, 0], tokens[:, -1] = CLS, SEP
+def rows_of(n):
+    """(n, T) tokens between [CLS] and [SEP], with a [SEP] inside every second row."""
+    tokens = helpers.rows_of(n)
     tokens[::2, 7] = SEP
     return tokens
-
-
-def small_model(init_std=0.3):
-    torch.manual_seed(0)
-    return Bert(Shape(V, 2, 64, T, init_std=init_std))
 
 
 def entropy_alone(model, row, place):
@@ -64,7 +58,7 @@ def run(tmp_path_factory):
 
 def test_the_diagnosis_of_a_known_strategy():
     """A strategy that takes the numbers: their share is 1, and it repeats itself."""
-    model, tokens = small_model(), rows_of(10)
+    model, tokens = small_model(init_std=0.3), rows_of(10)
     pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
     kinds = token_kinds(pieces, np.arange(V))
     for kind, which in (("rare", range(100)), ("frequent", range(200, 300))):
@@ -96,7 +90,8 @@ def test_the_diagnosis_of_a_known_strategy():
 
 
 def test_under_static_masks_a_block_is_chosen_again_as_it_was():
-    model, tokens, kinds = small_model(), rows_of(10), token_kinds(["▁a"] * V, np.ones(V))
+    model, tokens, kinds = small_model(init_std=0.3), rows_of(
+        10), token_kinds(["▁a"] * V, np.ones(V))
     overlap = {static: diagnose(model, tokens, 5, Strategy(), kinds, static=static)["overlap"]
                for static in (True, False)}
     assert overlap[True][0] == 1 and overlap[False][0] < 0.4
@@ -105,7 +100,7 @@ def test_under_static_masks_a_block_is_chosen_again_as_it_was():
 
 def test_the_dose_is_that_of_a_loop():
     """Token by token, row by row; more than a batch of forwards, [SEP]s inside."""
-    model, tokens = small_model().eval(), rows_of(4)
+    model, tokens = small_model(init_std=0.3).eval(), rows_of(4)
     positions = torch.tensor([[1, 2, 9], [4, 8, 30], [3, 15, 16], [10, 20, 21]])
     amounts = []
     for row, chosen in zip(tokens, positions.tolist()):
@@ -120,7 +115,7 @@ def test_the_dose_is_that_of_a_loop():
 
 
 def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
-    model, tokens = small_model(), rows_of(120)
+    model, tokens = small_model(init_std=0.3), rows_of(120)
     reports = report_doses(model, tokens, strategies_of(model))
     print_doses(reports)
     by_rule = {report["rule"]: report for report in reports}
@@ -141,7 +136,7 @@ def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
 
 def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
     """Of 32 tokens 5 or 10 are masked; a pool of four times 10 is more than there are."""
-    model, tokens = small_model(), rows_of(2)
+    model, tokens = small_model(init_std=0.3), rows_of(2)
     reports = {report["rule"]: report for report in report_doses(
         model, tokens, dose_rules(model))}
     update = [3 * forward_flops(model.shape, T, k) for k in (5, 10)]
@@ -156,7 +151,7 @@ def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
 def test_the_rank_correlation_of_a_free_score():
     """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
     """
-    model, tokens = small_model(), rows_of(8)
+    model, tokens = small_model(init_std=0.3), rows_of(8)
     kinds = token_kinds(["▁a"] * V, np.ones(V))
     means = VocabularyMean(None, 1.0, V)
     strategy = Strategy(None, means, M.high, 2)

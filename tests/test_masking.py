@@ -6,31 +6,14 @@ import torch
 
 import masking as M
 from data.runs import WITHOUT_CONTEXT
-from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
+from data.tokenizer import MASK, N_SPECIAL
 from data.vocabulary import VocabularyMean
-from model import Bert, Shape
+from tests.helpers import T, V, rows_of, small_model
 from train import mask_for_evaluation
-
-V, T = 300, 34
-
-
-def rows_of(n, length=T, seed=0, separators=0):
-    """(n, length) tokens between [CLS] and [SEP], some [SEP]s inside."""
-    generator = torch.Generator().manual_seed(seed)
-    tokens = torch.randint(N_SPECIAL, V, (n, length), generator=generator)
-    tokens[:, 0], tokens[:, -1] = CLS, SEP
-    for _ in range(separators):
-        tokens[torch.arange(n), torch.randint(1, length - 1, (n,), generator=generator)] = SEP
-    return tokens
 
 
 def noise_of(n, length=T, step=0):
     return M.draw(7, step, n, length)
-
-
-def small_model(**changes):
-    torch.manual_seed(0)
-    return Bert(Shape(**{"vocab_size": V, "layers": 2, "width": 64, "seq_len": T, **changes}))
 
 
 def choose(tokens, k, H, rule, pool, noise):
