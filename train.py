@@ -35,7 +35,7 @@ from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
 from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    WITHOUT_CONTEXT, NotFinite, Run, State, check_new, less_memory, open_earlier, read_config,
+    NotFinite, Run, State, about_context, check_new, less_memory, open_earlier, read_config,
     resume_command,
 )
 from data.vocabulary import VocabularyMean
@@ -296,14 +296,15 @@ def build(args, machine, text, valid):
     forward = machine.parallel(model)
     if args.compile:
         forward = machine.compile(forward)
-    strategy, means = make_strategy(args, model, teacher)
+    strategy, means = make_strategy(args, text, model, teacher)
     job = Job(machine, text, valid, model, forward, teacher,
               make_optimizer(model, args.lr, args.weight_decay), strategy, means)
     return job, flops, teacher_flops
 
 
-def make_strategy(args, model, teacher):
-    """-> (the masking.Strategy of the flags; the VocabularyMean that it reads, or None)"""
+def make_strategy(args, text, model, teacher):
+    """-> (the masking.Strategy of the flags; the VocabularyMean that it reads, or None). A strategy
+    of your own may look at text.tokenizer.pieces, the vocabulary."""
     select = masking.SELECT[args.select]
     if args.masking == "random":
         return masking.Strategy(select=select), None
@@ -400,11 +401,10 @@ def main():
         weights = {name: w.cpu() for name, w in job.model.state_dict().items()}
         copy_token_type(weights)
         run.finish(job.model.shape, weights)
-        loss, H = json.loads(state.log.splitlines()[-1])["val_loss"], text.unigram_entropy
-        stuck = loss >= WITHOUT_CONTEXT * H
-        hint = ": no context is used yet, train for more --steps" if stuck else ""
+        log = [json.loads(line) for line in state.log.splitlines()]
+        loss, H = log[-1]["val_loss"], text.unigram_entropy
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
-              f"({loss - H:+.2f}){hint}\nsee what it masks:  "
+              f"({loss - H:+.2f}); {about_context(log)}\nsee what it masks:  "
               f'python -m data.inspection {shlex.quote(args.out)} "The function returns an array."')
 
 

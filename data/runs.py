@@ -33,6 +33,7 @@ from data.machine import RANK
 # predict is shown as it is: a model that copies those is below the entropy, but it still has all of
 # it at [MASK] (0.8 of them) and where another token stands (0.1).
 WITHOUT_CONTEXT = 0.9
+USES_CONTEXT = 0.25  # nats of context gain, as in the second part of data/results/plan.md
 CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher_sha256": str,
           "origin_sha256": str, "parameters": int, "unigram_entropy": float, "flops": int,
           "teacher_flops": int, "experiment": list, "starts": list}
@@ -281,3 +282,16 @@ def read_log(run):
         except (ValueError, RecursionError, LookupError, TypeError):
             raise UserError(f"{path} is damaged in line {number}")
     return lines
+
+
+def about_context(log):
+    """Lines of a log -> in words, what context is worth to the model and since when."""
+    gains = [(line["step"], line["context_gain"]) for line in log
+             if line.get("context_gain") is not None]
+    if not gains:
+        return "what context is worth needs two held-out blocks"
+    before = [i for i, (_, gain) in enumerate(gains) if gain <= USES_CONTEXT]
+    if before and before[-1] == len(gains) - 1:
+        return "it uses no context yet: train for more --steps"
+    step = gains[before[-1] + 1 if before else 0][0]
+    return f"context is worth {gains[-1][1]:.2f} nats to it, and has been used since step {step}"

@@ -19,7 +19,7 @@ import torch
 import train
 from data import corpus as corpora
 from data.files import load_tensors, lock_folder, read_json, write_json
-from data.runs import read_config, read_log
+from data.runs import about_context, read_config, read_log
 from masking import SELECT, Strategy, draw, masked
 from model import load
 from tests.helpers import (
@@ -186,7 +186,20 @@ def known(tmp_path_factory):
 
 def test_it_learns_below_the_unigram_entropy(known):
     unigram = read_config(known / "run")["unigram_entropy"]
-    assert read_log(known / "run")[-1]["val_loss"] < unigram - 1.0
+    last = read_log(known / "run")[-1]
+    assert last["val_loss"] < unigram - 1.0
+    # What follows from a word is lost with it: half of the words, by some of ln 10.
+    assert 0.3 < last["context_gain"]
+
+
+@pytest.mark.parametrize("gains, words", [
+    ([0.0, 0.1, 0.2], "uses no context yet"), ([0.0, 0.4, 0.2], "uses no context yet"),
+    ([0.0, 0.4, 0.2, 0.3, 0.9], "is worth 0.90 nats to it, and has been used since step 30"),
+    ([0.0, 0.26], "worth 0.26 nats to it, and has been used since step 10"),
+    ([0.3, 0.3], "since step 0"), ([None, None], "needs two held-out blocks")])
+def test_the_end_says_since_when_context_is_used(gains, words):
+    log = [{"step": 10 * i, "context_gain": gain} for i, gain in enumerate(gains)]
+    assert words in about_context([{"step": 5}, *log])
 
 
 def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
