@@ -5,8 +5,9 @@
     DIR/tokenizer.json         the same vocabulary for the tokenizers library, which plain
     DIR/tokenizer_config.json  transformers has; sentencepiece is not needed there
 
-The logits and the ids are the same, for text with [MASK] too; tests/test_export.py compares them
-where transformers is. Other special tokens in a text are tokens there and mere text here.
+The logits and the ids are the same, for text with [MASK] too, and each token's span is its letters
+without the blank before them; tests/test_export.py compares them where transformers is. Other
+special tokens in a text are tokens there and mere text here.
 """
 
 import json
@@ -124,7 +125,9 @@ def safetensors(tensors):
 def tokenizer_json(tokenizer):
     """A Tokenizer -> what the tokenizers library reads."""
     sp = tokenizer.sp
-    names = [sp.id_to_piece(i) for i in range(tokenizer.vocab_size)]
+    # The space in a piece is written as in GPT-2's vocabulary: the tokenizers library leaves that
+    # sign alone out of the spans. No piece has it as a letter, which would be in lower case.
+    names = [sp.id_to_piece(i).replace("▁", "Ġ") for i in range(tokenizer.vocab_size)]
     ids = {name: i for i, name in enumerate(names)}
     # sentencepiece joins the neighbours whose union has the best score. tokenizers has a list of
     # pairs instead: every way to make a piece of two others, the best pieces first.
@@ -142,10 +145,11 @@ def tokenizer_json(tokenizer):
 
     # The steps of data/tokenizer.py's normalize. A space in front stays: it begins a word after
     # [MASK], and a text's own is what would be put there.
+    blank = rf"[\s{RESERVED}]"  # of several the last stays, whose place is next to the word
     normalizer = {"type": "Sequence", "normalizers": [
         replace(rf"\A{INVISIBLE}", " "), replace(INVISIBLE, ""), {"type": "NFKC"},
-        {"type": "Lowercase"}, replace("ς", "σ"), replace(rf"[\s{RESERVED}]+", " "),
-        replace(r" \z", "")]}
+        {"type": "Lowercase"}, replace("ς", "σ"), replace(rf"{blank}+(?={blank}|\z)", ""),
+        replace(blank, " ")]}
 
     def template(*parts):
         return [{kind: {"id": name, "type_id": type_id}} for kind, name, type_id in parts]
@@ -155,15 +159,17 @@ def tokenizer_json(tokenizer):
     return {
         "version": "1.0", "truncation": None, "padding": None, "added_tokens": special,
         "normalizer": normalizer,
-        "pre_tokenizer": {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "first",
+        "pre_tokenizer": {"type": "Metaspace", "replacement": "Ġ", "prepend_scheme": "first",
                           "split": True},
-        "post_processor": {
-            "type": "TemplateProcessing", "single": template(*first),
-            "pair": template(*first, *second),
-            "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]}
-                               for name in ("[CLS]", "[SEP]")}},
+        "post_processor": {"type": "Sequence", "processors": [
+            {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True,
+             "use_regex": False},
+            {"type": "TemplateProcessing", "single": template(*first),
+             "pair": template(*first, *second),
+             "special_tokens": {name: {"id": name, "ids": [ids[name]], "tokens": [name]}
+                                for name in ("[CLS]", "[SEP]")}}]},
         "decoder": {"type": "Sequence", "decoders": [
-            {"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "Replace", "pattern": {"String": "Ġ"}, "content": " "},
             {"type": "ByteFallback"}, {"type": "Fuse"},
             {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
         "model": {"type": "BPE", "dropout": None, "unk_token": "[UNK]", "fuse_unk": True,
