@@ -9,12 +9,15 @@ in which gradients are summed. Process 0 alone writes; several machines need a s
 """
 
 import ctypes
+import math
 import os
 import platform
+import re
 import resource
 import shutil
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -26,6 +29,7 @@ from data.files import UserError
 LAUNCHED = "TORCHELASTIC_RUN_ID" in os.environ
 RANK = int(os.environ["RANK"]) if LAUNCHED else 0
 WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+HERE = int(os.environ["LOCAL_WORLD_SIZE"]) if LAUNCHED else 1  # of them, on this machine
 # For one process to prepare a large corpus while the others wait. A process that dies is noticed
 # at once, since its connections close.
 PATIENCE = timedelta(hours=2)
@@ -33,16 +37,47 @@ PATIENCE = timedelta(hours=2)
 MACHINE_FLAGS = [  # of train.py and glue.py alike
     ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU where there is one"),
     ("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 on GPUs that have it"),
-    ("threads", 0, "from 0 to 1024", "CPU threads; 0: as many as this process may use cores"),
+    ("threads", 0, "from 0 to 1024", "CPU threads; 0: as many as this process has cores"),
 ]
 
 
 def cores():
-    """How many CPU cores this process may use: fewer than the machine has, in a container or under
-    taskset or a batch system."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many CPU cores this process has: fewer than the machine in a container, under taskset or
+    a batch system, with OMP_NUM_THREADS, and beside other processes of torchrun."""
+    allowed = getattr(os, "sched_getaffinity", lambda pid: range(os.cpu_count() or 1))(0)
+    count = min(len(allowed), cgroup_quota()) / HERE
+    asked = re.match("[1-9][0-9]*", os.environ.get("OMP_NUM_THREADS", ""))
+    if asked and not (LAUNCHED and asked[0] == "1"):  # where nobody has, torchrun sets it to 1
+        count = min(count, int(asked[0]))
+    return max(1, int(count))
+
+
+def cgroup_quota(root="/sys/fs/cgroup", groups="/proc/self/cgroup"):
+    """How many cores the quota of a container or batch job is worth; inf where there is none."""
+    try:
+        lines = Path(groups).read_text().splitlines()
+    except OSError:  # not Linux
+        return math.inf
+    quotas = [math.inf]
+    for _, controllers, name in (line.split(":", 2) for line in lines):
+        group = Path(root, controllers, name.lstrip("/"))  # the second version has no controllers
+        for folder in (group, *group.parents):
+            for files in (["cpu.max"], ["cpu.cfs_quota_us", "cpu.cfs_period_us"]):
+                try:
+                    quota, period = " ".join((folder / f).read_text() for f in files).split()
+                    quotas.append(int(quota) / int(period) if int(quota) > 0 else math.inf)
+                except (OSError, ValueError):  # not here; "max"
+                    pass
+    return min(quotas)
+
+
+def busy():
+    """How many threads but ours want a core just now; 0 where the system does not say.
+    (os.getloadavg() would still count our last run, which ended a minute ago.)"""
+    try:
+        return max(0, int(re.search(r"(\d+)/", Path("/proc/loadavg").read_text())[1]) - HERE)
+    except OSError:
+        return 0
 
 
 def keep_memory():
@@ -77,7 +112,8 @@ class Machine:
         use_gpu = args.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
         self.dtype, why = args.dtype, "as asked"
-        if self.dtype == "auto" and use_gpu and torch.cuda.is_bf16_supported():
+        if self.dtype == "auto" and use_gpu and torch.cuda.is_bf16_supported(
+                including_emulation=False):
             self.dtype, why = "bfloat16", "this GPU has it"
         elif self.dtype == "auto":
             self.dtype, why = "float32", "exact, and the fast one on most CPUs"
@@ -87,6 +123,8 @@ class Machine:
             self.join()
         self.name = processor(self.device)
         self.about = f"{self.name}, {self.threads} threads, {self.dtype} ({why})"
+        if not use_gpu and self.threads > 1 and busy() + self.threads * HERE > os.cpu_count():
+            self.about += "; other processes are busy, so --threads 1 is faster now"
 
     def record(self):
         """What config.json and glue.json say of the machine."""

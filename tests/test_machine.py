@@ -3,6 +3,7 @@
 A run on two processes must be the run on one, to rounding, in whatever it draws and sums.
 """
 
+import math
 import os
 import shutil
 import signal
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 import train
+from data import machine as M
 from data.files import UserError, load_tensors
 from data.machine import Machine
 from data.runs import read_config, read_log
@@ -134,11 +136,74 @@ def test_a_cpu_keeps_float32_and_says_when_it_has_bfloat16(monkeypatch):
 
 def test_threads_are_what_was_asked_for_or_the_cores_of_this_process(monkeypatch):
     before = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(M, "cgroup_quota", lambda: math.inf)
     monkeypatch.setattr(os, "cpu_count", lambda: 128)  # a large machine, of which little is ours
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5, 9}, raising=False)
     assert (machine(threads=0).threads, torch.get_num_threads()) == (3, 3)
     assert (machine(threads=2).threads, torch.get_num_threads()) == (2, 2)
     torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("quota, omp, processes, cores", [
+    (math.inf, "", 1, 16), (2.5, "", 1, 2), (0.3, "", 1, 1), (math.inf, "4,2", 1, 4),
+    (math.inf, "99", 1, 16), (math.inf, "0", 1, 16), (math.inf, "all", 1, 16), (3, "2", 1, 2),
+    (math.inf, "", 8, 2), (math.inf, "1", 8, 2),  # torchrun's own 1
+    (math.inf, "3", 2, 3), (math.inf, "9", 2, 8), (6, "", 4, 1), (math.inf, "", 99, 1)])
+def test_cores_are_the_smallest_of_what_is_allowed(quota, omp, processes, cores, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
+    monkeypatch.setattr(M, "cgroup_quota", lambda: quota)
+    monkeypatch.setattr(M, "HERE", processes)
+    monkeypatch.setattr(M, "LAUNCHED", processes > 1)
+    monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    assert M.cores() == cores
+
+
+@pytest.mark.parametrize("groups, files, quota", [
+    ("0::/job/7", {"job/7/cpu.max": "150000 100000", "job/cpu.max": "max 100000"}, 1.5),
+    ("0::/job/7", {"job/7/cpu.max": "max 100000", "job/cpu.max": "400000 100000"}, 4),
+    ("0::/", {"cpu.max": "200000 100000"}, 2), ("0::/", {"cpu.max": "max 100000"}, math.inf),
+    ("4:memory:/a\n3:cpu,cpuacct:/docker/a", {"cpu,cpuacct/cpu.cfs_quota_us": "50000",
+                                              "cpu,cpuacct/cpu.cfs_period_us": "100000"}, 0.5),
+    ("1:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, math.inf),
+    (None, {}, math.inf)])
+def test_the_quota_of_a_container_counts(groups, files, quota, tmp_path):
+    if groups is not None:
+        (tmp_path / "groups").write_text(groups + "\n")
+    for name, text in files.items():
+        (tmp_path / "cgroup" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "cgroup" / name).write_text(text + "\n")
+    assert M.cgroup_quota(tmp_path / "cgroup", tmp_path / "groups") == quota
+
+
+def test_beside_busy_processes_one_thread_is_advised(monkeypatch):
+    before = torch.get_num_threads()
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    for threads, others, advised in ((2, 2, False), (2, 3, True), (1, 9, False)):
+        monkeypatch.setattr(M, "busy", lambda: others)
+        assert ("--threads 1 is faster" in machine(threads=threads).about) == advised
+    torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="not Linux")
+def test_a_process_that_is_busy_is_seen():
+    jobs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(20)]
+    try:
+        time.sleep(0.5)
+        assert M.busy() >= 20
+    finally:
+        for job in jobs:
+            job.kill()
+            job.wait()
+
+
+def test_bfloat16_is_chosen_where_a_gpu_has_it_in_hardware(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(M, "processor", lambda device: "a GPU")
+    for has in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported",
+                            lambda including_emulation=True: has or including_emulation)
+        assert machine(device="auto").dtype == ("bfloat16" if has else "float32")
 
 
 def test_compile_without_a_compiler_is_one_line(folder, monkeypatch, capsys):
