@@ -3,20 +3,17 @@ a first run needs no network. Nothing is imported or run: sources are only parse
 """
 
 import ast
-import ctypes
 import gc
 import hashlib
 import importlib.metadata
 import importlib.util
 import multiprocessing
-import os
 import platform
 import re
 import signal
 import sys
 import sysconfig
 import warnings
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from data.files import lock_folder, progress, write_atomic
@@ -46,18 +43,13 @@ def extract_docs(cache, threads=0):
                  if p.is_file()  # and not a link to nothing, such as an editor's lock
                  and (root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts))]
         seen, documents = set(), []
-        gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
         found = parallel_map(read_prose, files, threads or cores())
         for paragraphs in progress(found, total=len(files), unit=" files",
                                    desc="reading documentation strings"):
             new = [p for letters, p in paragraphs if not (letters in seen or seen.add(letters))]
             if new:
                 documents.append("\n".join(new))
-        gc.enable()
-        # Under a name of this process first: where there are no locks, another may write it, too.
-        temporary = target.with_suffix(f".{os.getpid()}")
-        write_atomic(temporary, "\n\n".join(documents).encode() + b"\n")
-        os.replace(temporary, target)
+        write_atomic(target, "\n\n".join(documents).encode() + b"\n")
     return target
 
 
@@ -87,18 +79,24 @@ def read_prose(path):
 
 
 def parallel_map(function, items, processes):
-    """Yield function(item) for every item, in order, from so many processes."""
-    if processes == 1 or sys.platform != "linux":  # elsewhere a fork is not safe
+    """Yield function(item) for every item, in order, from so many processes. Each has a pipe, which
+    needs no shared memory, and ends when nobody reads it any more."""
+    if sys.platform != "linux":  # elsewhere a fork is not safe
         yield from map(function, items)
         return
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"), start_worker)
-    try:
-        yield from pool.map(function, items, chunksize=32)
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
+    context, pipes = multiprocessing.get_context("fork"), []
 
+    def work(items, pipe):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the parent
+        gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
+        for item in items:
+            pipe.send(function(item))
 
-def start_worker():
-    """In a new process: end when the parent does, and leave Ctrl-C to it."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for i in range(processes):
+        reading, writing = context.Pipe(duplex=False)
+        context.Process(target=work, args=(items[i::processes], writing), daemon=True).start()
+        writing.close()
+        pipes.append(reading)
+    for i in range(len(items)):
+        yield pipes[i % processes].recv()
