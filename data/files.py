@@ -6,7 +6,6 @@ an OSError into words. Anything else that goes wrong is our bug and keeps its tr
 """
 
 import errno
-import fcntl
 import hashlib
 import io
 import json
@@ -14,10 +13,17 @@ import os
 import pickle
 import signal
 import sys
+import threading
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
+
+try:
+    import fcntl
+except ModuleNotFoundError:
+    print("error: this needs Linux or macOS; on Windows it runs in WSL", file=sys.stderr)
+    sys.exit(2)
 
 
 class UserError(Exception):
@@ -31,7 +37,8 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed before we began (2>&-)
-        self.stream.reconfigure(errors="replace")
+        if hasattr(self.stream, "reconfigure"):  # a notebook's has no such thing, and all letters
+            self.stream.reconfigure(errors="replace")
         self.error = None  # what was dropped because of it, but for a reader who has seen enough
 
     def try_to(self, action, *args):
@@ -54,11 +61,7 @@ class Output:
 def run_script(main):
     """Return main(); turn a UserError or an OSError into one line and status 2, Ctrl-C into 130."""
     try:
-        # A closed stdout or stderr leaves its number free, and the next file opened would be
-        # printed into: take the numbers 0 to 2 first.
-        while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
-            pass
-        os.close(number)
+        sys.stdin = sys.stdin or open(os.devnull)  # or the next file opened would be printed into
         if not isinstance(sys.stdout, Output):
             sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
         value = main()
@@ -203,14 +206,16 @@ def lock_folder(folder, wait=""):
 
 
 def catch_signals():
-    """-> a list into which the number of a signal is put; a second signal is not waited for."""
+    """-> a list into which the number of a signal is put; a second signal is not waited for. Only
+    the main thread may do that: in another, signals stay as they are."""
     caught = []
 
     def on_signal(number, frame):
         caught.append(number)
         signal.signal(number, signal.SIG_DFL)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    main = threading.current_thread() is threading.main_thread()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ():
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
             signal.signal(number, on_signal)
     return caught
