@@ -1,10 +1,10 @@
-"""From text to token ids on disk, once, in constant memory:
+"""From text to token ids on disk, once, in little memory (8 bytes a paragraph):
 
     documents (data/text.py) -> train / valid split by document -> tokens (data/tokenizer.py)
 
 The result is a folder in the cache, named after a hash of the files and settings that made it:
     train.bin, valid.bin   token ids, uint16, documents joined by [SEP]
-    tokenizer.model        the vocabulary, learned from this corpus
+    tokenizer.model        the vocabulary, learned from this corpus or given
     meta.json              counts and hashes
 """
 
@@ -12,8 +12,8 @@ import functools
 import importlib.metadata
 import os
 import shutil
-import time
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -25,7 +25,7 @@ from data.download import NAMED
 from data.files import (
     UserError, lock_folder, progress, read_json, sha256_file, sha256_json, write_json,
 )
-from data.text import find_files, read_documents
+from data.text import find_files, parts_of, read_documents
 from data.tokenizer import (
     CLS, MASK, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer,
 )
@@ -39,17 +39,21 @@ PARTS = ("train.bin", "valid.bin", "tokenizer.model")
 
 
 def sample_paragraphs(paths, corpus):
-    """Pass 1 -> (number of documents, number of characters, paragraphs for the tokenizer).
+    """Pass 1 -> (number of documents of each part, number of characters, paragraphs for the
+    tokenizer).
 
     Keeps every m-th document; when the sample outgrows its size, every second one is dropped and
     m doubles. So it is spread evenly over a corpus whose size is not known beforehand.
     """
     documents = characters = kept_characters = 0
-    stride, kept = 1, []
+    stride, kept, parts = 1, [], Counter()
     with progress(desc="reading", unit=" characters") as bar:
-        for split, document in read_documents(paths, corpus):
+        for part, document in read_documents(paths, corpus, tests=True):
+            parts[part] += 1
+            if part == "test":
+                continue
             size = sum(map(len, document))
-            if documents % stride == 0 and split != "valid":
+            if documents % stride == 0 and part != "valid":
                 kept.append(document)
                 kept_characters += size
                 if kept_characters > TOKENIZER_SAMPLE and len(kept) > 1:
@@ -58,7 +62,7 @@ def sample_paragraphs(paths, corpus):
             documents += 1
             characters += size
             bar.update(size)
-    return documents, characters, list(chain.from_iterable(kept))
+    return parts, characters, list(chain.from_iterable(kept))
 
 
 def batches(documents):
@@ -73,22 +77,32 @@ def batches(documents):
     yield batch
 
 
-def encode_documents(paths, corpus, tokenizer, documents, characters, folder, threads):
-    """Pass 2: encode everything into train.bin and valid.bin."""
-    valid_every = min(VALID_EVERY, documents)
+def encode_documents(paths, corpus, tokenizer, parts, characters, folder, threads):
+    """Pass 2: encode everything into train.bin and valid.bin -> the share of the held-out text
+    that is in the training text, too, paragraph by paragraph."""
+    valid_every = min(VALID_EVERY, parts.total() - parts["test"])
     splits = ["train"] * valid_every
-    splits[valid_every // 2] = "valid"
+    if not parts["valid"]:  # else those are held out, and all others are to train on
+        splits[valid_every // 2] = "valid"
+    held_out, trained = Counter(), array("q")  # tokens of each paragraph, by its hash; hashes
     files = {split: open(folder / f"{split}.bin", "wb") for split in ("train", "valid")}
     unfinished = dict.fromkeys(files, 0)  # tokens since the last [SEP]
     numbered = enumerate(read_documents(paths, corpus))
-    chosen = ((split or splits[i % valid_every], document) for i, (split, document) in numbered)
+    chosen = (("valid" if part == "valid" else splits[i % valid_every], document)
+              for i, (part, document) in numbered)
     with (files["train"], files["valid"],
           progress(desc="encoding", total=characters, unit=" characters") as bar):
         for batch in batches(chosen):
             paragraphs = list(chain.from_iterable(document for _, document in batch))
             encoded = iter(tokenizer.encode(paragraphs, threads))
             for split, document in batch:
-                ids = array("H", chain.from_iterable(islice(encoded, len(document))))
+                ids = array("H")
+                for paragraph in islice(encoded, len(document)):
+                    ids.extend(paragraph)
+                    if split == "valid":
+                        held_out[hash(tuple(paragraph))] += len(paragraph)
+                    else:
+                        trained.append(hash(tuple(paragraph)))
                 unfinished[split] += len(ids)
                 if unfinished[split] >= MIN_DOCUMENT:
                     ids.append(SEP)
@@ -98,18 +112,29 @@ def encode_documents(paths, corpus, tokenizer, documents, characters, folder, th
         for file in files.values():
             file.flush()
             os.fsync(file.fileno())
+    return sum(held_out[p] for p in held_out.keys() & trained) / max(1, held_out.total())
 
 
-def build(corpus, paths, vocab_size, key, folder, threads):
-    """Learn the vocabulary, encode the text, and write all of a cache folder but its name."""
-    documents, characters, sample = sample_paragraphs(paths, corpus)
-    if documents < 2:
-        raise UserError(f"--corpus {corpus}: {documents} documents, too few to hold one out "
-                        "(one paragraph a line, a blank line between documents)")
-    print(f"corpus: learning a vocabulary of {vocab_size} pieces (some seconds)", flush=True)
-    train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
+def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
+    """Learn the vocabulary, or take that of `tokenizer`, encode the text, and write all of a cache
+    folder but its name."""
+    parts, characters, sample = sample_paragraphs(paths, corpus)
+    documents = parts.total() - parts["test"]
+    if documents < 2 or not sample:
+        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} of them in "
+                        "files to validate on: too few to train on one and hold out another (one "
+                        "paragraph a line, a blank line between documents)")
+    if tokenizer:
+        shutil.copyfile(tokenizer, folder / "tokenizer.model")
+    else:
+        print(f"corpus: learning a vocabulary of {vocab_size} pieces (some seconds)", flush=True)
+        train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    encode_documents(paths, corpus, tokenizer, documents, characters, folder, threads)
+    seen = encode_documents(paths, corpus, tokenizer, parts, characters, folder, threads)
+    notes = f"; of the held-out text {seen:.1%} is in the training text, too"
+    if parts["valid"] or parts["test"]:
+        notes = (f" ({parts['valid']:,} held out, {parts['test']:,} more left out, by their files' "
+                 f"names){notes}")
     tokens = {name: os.path.getsize(folder / f"{name}.bin") // 2 for name in ("train", "valid")}
     if not all(tokens.values()):
         raise UserError(f"--corpus {corpus}: too small: nothing is left to train on or hold out")
@@ -117,44 +142,46 @@ def build(corpus, paths, vocab_size, key, folder, threads):
         "key": key,
         "documents": documents,
         "characters": characters,
+        "notes": notes,
         "train_tokens": tokens["train"],
         "valid_tokens": tokens["valid"],
         "sha256": {name: sha256_file(folder / name) for name in PARTS},
     })
 
 
-def prepare(corpus, vocab_size, cache="data/cache", threads=0):
+def prepare(corpus, vocab_size, cache="data/cache", threads=0, tokenizer=None):
     """Return the cache folder of `corpus` (a path or a name), building it if it is not there.
 
     threads: of sentencepiece, and processes for `docs`; 0: all cores. The result is the same.
+    tokenizer: a tokenizer.model to encode it with; else one of vocab_size pieces is learned.
     """
-    if not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
+    if not tokenizer and not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
         raise UserError(f"--vocab-size {vocab_size}: it must lie between {MIN_VOCAB} and "
                         f"{MAX_VOCAB}, what uint16 holds")
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     paths = find_files(corpus, cache, threads)
     # The key holds all that decides the tokens; sentencepiece's version does too.
-    key = {"files": [sha256_file(path) for path in paths], "vocab_size": vocab_size,
-           "format": FORMAT, "sentencepiece": importlib.metadata.version("sentencepiece")}
+    key = {"files": [sha256_file(path) for path in paths],
+           "format": FORMAT, "sentencepiece": importlib.metadata.version("sentencepiece"),
+           **({"tokenizer": sha256_file(tokenizer)} if tokenizer else {"vocab_size": vocab_size})}
+    if any(parts := parts_of(paths)):
+        key["parts"] = parts
     if corpus in NAMED:  # its archive, given as a path, would be read in another way
         key["name"] = corpus
     folder = cache / sha256_json(key)[:16]
     if folder.is_dir():
         return folder
     with lock_folder(cache, wait="it prepares a corpus"):
-        for old in cache.glob("*.building-*"):  # of a process that was killed
-            if time.time() - old.stat().st_mtime > 24 * 3600:
-                shutil.rmtree(old, ignore_errors=True)
-        building = cache / f"{folder.name}.building-{os.getpid()}"
-        building.mkdir(exist_ok=True)
+        if folder.is_dir():  # it was made while we waited
+            return folder
+        for old in cache.glob("*.building"):  # of a process that was killed
+            shutil.rmtree(old)
+        building = cache / f"{folder.name}.building"
+        building.mkdir()
         try:
-            if not folder.is_dir():  # it was not made while we waited
-                build(corpus, paths, vocab_size, key, building, threads)
-                building.rename(folder)  # the whole folder appears at once, or not at all
-        except OSError:
-            if not folder.is_dir():  # where there are no locks, another process may be first
-                raise
+            build(corpus, paths, vocab_size, key, building, threads, tokenizer)
+            building.rename(folder)  # the whole folder appears at once, or not at all
         finally:
             shutil.rmtree(building, ignore_errors=True)
     return folder
@@ -192,8 +219,8 @@ def load(folder, seq_len, max_tokens=0):
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
-        about = (f"files: {len(meta['key']['files']):,}, documents: {meta['documents']:,}, "
-                 f"characters: {meta['characters']:,}")
+        about = (f"files: {len(meta['key']['files']):,}, characters: {meta['characters']:,}, "
+                 f"documents: {meta['documents']:,}{meta.get('notes', '')}")
         whole = all(sha256_file(folder / name) == meta["sha256"][name] for name in PARTS)
     except (UserError, FileNotFoundError, LookupError, TypeError, ValueError):
         whole = False
@@ -210,6 +237,7 @@ def load(folder, seq_len, max_tokens=0):
                             f"less than one block of {n}: give more text")
         blocks[name] = tokens[:len(tokens) // n * n].reshape(-1, n)
     tokenizer = Tokenizer(folder / "tokenizer.model")
+    about += f'; it begins "{tokenizer.decode(blocks["train"][0])[:60]}"'
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for i in range(0, len(blocks["train"]), 1 << 16):  # in pieces: bincount makes int64 copies
         counts += np.bincount(blocks["train"][i:i + (1 << 16)].ravel(), minlength=len(counts))

@@ -1,7 +1,8 @@
 """From files to documents: a file, plain or packed, an archive, a folder, or a corpus by its name.
 
 Text is UTF-8 with one paragraph a line and a blank line between documents. What is not that is
-refused in one line, with its place, rather than learned.
+refused in one line, with its place, rather than learned. Files whose names say that they are there
+to validate are held out, and those to test are left out.
 """
 
 import bz2
@@ -19,16 +20,19 @@ from pathlib import Path, PurePath
 from data.docs import extract_docs
 from data.download import NAMED, download
 from data.files import UserError
+from data.tokenizer import INVISIBLE, RESERVED
 
 MAX_DOCUMENT = 100_000  # characters; text without blank lines is cut into documents of this size
 MAX_LINE = 1 << 20  # characters; a longer line is read in pieces, or it would fill the memory
 # Packed files are known by their first bytes, whatever their names.
 OPENERS = {b"\x1f\x8b": gzip.open, b"BZh": bz2.open, b"\xfd7zXZ": lzma.open}
-UNREADABLE = {b"\x28\xb5\x2f\xfd": "zstd", b"\x50\x2a\x4d\x18": "zstd", b"\x04\x22\x4d\x18": "lz4",
-              b"7z\xbc\xaf": "7z", b"Rar!": "rar"}
-NO_PROSE = re.compile(
-    r'\{\s*(["\']|$)|\[\s*([{"]|$)|<(\?xml|!doctype|html|mediawiki|doc[ >])', re.I)
+NO_PROSE = re.compile(r'[{<]|\[\s*([{"]|$)')  # how JSON and markup begin
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # what errors="surrogateescape" makes of bad bytes
+BLANK = re.compile(rf"{INVISIBLE[:-1]}\s{RESERVED}]*")  # what `normalize` leaves nothing of
+# Data sets come in parts: train.txt, wiki.valid.raw, test-00000-of-00002.gz, dev/a.txt.
+PART = re.compile(
+    r"(?:^|[/._-])(?:(?P<train>train)|(?P<valid>valid(?:ation)?|val|dev)|(?P<test>test))"
+    r"(?=[/.]|[-_]?\d|$)", re.I)
 
 
 def find_files(corpus, cache, threads):
@@ -39,69 +43,97 @@ def find_files(corpus, cache, threads):
         name = NAMED[corpus]["urls"][0].rpartition("/")[2]
         return [download(**NAMED[corpus], target=cache / "downloads" / name)]
     path = Path(corpus or "no name")  # "", of a variable that is not set, would be this folder
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
+    if not path.exists():
         raise UserError(f"--corpus {corpus}: no such file or folder; the names are docs, "
                         + ", ".join(NAMED))
-
-    def fail(error):
-        raise error
-
-    walk = os.walk(path, onerror=fail, followlinks=True)
-    files = sorted(Path(folder, name) for folder, _, names in walk for name in names)
-    files = [file for file in files if not is_leftover(file.relative_to(path))]
+    files = walk(path) if path.is_dir() else [path]
+    for file in files:
+        if not file.is_file() and file.exists():
+            raise UserError(f"{file} is a pipe or a device, and text is read twice: write it to a "
+                            "file first")
     if not files:
         raise UserError(f"--corpus {corpus}: the folder holds no files")
     return files
 
 
-def is_leftover(name):
-    """Is it a hidden file, or one that a packer or a file manager leaves?"""
-    return any(part.startswith(".") or part in ("__MACOSX", "Thumbs.db", "desktop.ini")
-               for part in PurePath(name).parts)
+def walk(top):
+    """The files of a folder and its folders, but for hidden ones and what these scripts made:
+    run folders and caches, which have a .lock. UserError where a link leads to the same again."""
+    def fail(error):
+        raise error
+
+    files, seen = [], {}
+    for folder, folders, names in os.walk(top, onerror=fail, followlinks=True):
+        if (first := seen.setdefault(os.path.realpath(folder), folder)) != folder:
+            raise UserError(f"{folder} and {first} are one folder, by a link: take the link out")
+        if ".lock" in names and folder != str(top):
+            names, folders[:] = [], []
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        files += [Path(folder, name) for name in names if not is_hidden(name)]
+    return sorted(files)
+
+
+def parts_of(paths):
+    """The part of a data set that each file is by its name below their common folder: train, valid,
+    test, or "" where that says nothing."""
+    top = os.path.commonpath(paths)
+    return [part_of(os.path.relpath(path, top)) for path in paths]
+
+
+def part_of(name):
+    found = PART.search(name)
+    return found.lastgroup if found else ""
+
+
+def is_hidden(name):
+    """As are most files that packers and file managers leave."""
+    return any(part.startswith(".") for part in PurePath(name).parts)
 
 
 def open_texts(path):
-    """Yield (name, open text file) for a text file, plain or packed, or for each one in an archive.
+    """Yield ("", open text file) for a text file, plain or packed, or (name, open text file) for
+    each one in an archive.
 
     An archive is read in place: nothing of it is ever written under a name that it chose.
     """
     as_text = {"encoding": "utf-8-sig", "errors": "surrogateescape"}  # check_lines finds bad bytes
     with open(path, "rb") as f:
         start = f.read(8)
-    for magic, kind in UNREADABLE.items():
-        if start.startswith(magic):
-            raise UserError(f"{path} is compressed with {kind}: unpack it first")
     if start.startswith(b"PK\3\4"):
         with zipfile.ZipFile(path) as archive:
             for name in archive.namelist():
-                if not name.endswith("/") and not is_leftover(name):
+                if not name.endswith("/") and not is_hidden(name):
                     with archive.open(name) as f:
-                        yield f"{path}, {name},", io.TextIOWrapper(f, **as_text)
+                        yield name, io.TextIOWrapper(f, **as_text)
     elif tarfile.is_tarfile(path):
         with tarfile.open(path) as archive:
             for member in archive:
-                if member.isfile() and not is_leftover(member.name):
+                if member.isfile() and not is_hidden(member.name):
                     with archive.extractfile(member) as f:
-                        yield f"{path}, {member.name},", io.TextIOWrapper(f, **as_text)
+                        yield member.name, io.TextIOWrapper(f, **as_text)
     else:
         opener = next((OPENERS[magic] for magic in OPENERS if start.startswith(magic)), open)
         with opener(path, "rt", **as_text) as f:
-            yield str(path), f
+            yield "", f
 
 
-def read_documents(paths, corpus=""):
-    """Yield (split, document): a list of paragraphs, and train or valid, or "" where we choose."""
-    for path in paths:
+def read_documents(paths, corpus="", tests=False):
+    """Yield (part, document): train, valid, or "" where we choose; and a list of paragraphs. Test
+    files are left out, but with `tests`."""
+    for path, part in zip(paths, parts_of(paths)):
         where = path
         try:
-            for where, file in open_texts(path):
+            for name, file in open_texts(path):
+                where, its_part = f"{path}, {name}," if name else path, part_of(name) or part
+                if its_part == "test" and not tests:
+                    continue
                 lines = check_lines(where, file)
                 if corpus in ("wikitext2", "wikitext103"):
-                    yield from read_wikitext(where, lines)
+                    documents = read_wikitext(lines)
                 else:
-                    yield from read_paragraphs(lines, tokenized=corpus == "bookcorpus")
+                    documents = read_paragraphs(lines, tokenized=corpus == "bookcorpus")
+                for document in documents:
+                    yield its_part, document
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile,
                 tarfile.TarError) as error:  # RuntimeError: a .zip with a password
             if getattr(error, "filename", None):  # what cannot be opened has its name
@@ -111,17 +143,19 @@ def read_documents(paths, corpus=""):
 
 
 def check_lines(where, file):
-    """Yield the lines of an open file, stripped. UserError, with its number, for one that is no
-    text, and for a first one that is JSON or markup."""
-    number, first = 1, True
+    """Yield the lines of an open file, stripped, "" for one that only looks blank. UserError, with
+    its number, for one that is no text, and for a first one that is JSON or markup."""
+    number, first, begins = 1, True, ""
     while line := file.readline(MAX_LINE):
-        text = line.strip()
-        if "\0" in text:
-            raise UserError(f"{where} line {number} is not text: it has a zero byte "
-                            "(if it is UTF-16: iconv -f utf-16 -t utf-8)")
-        if not text.isascii() and NOT_UTF8.search(text):
-            raise UserError(f"{where} line {number} is not UTF-8: convert it, for example with "
-                            "iconv -f latin1 -t utf-8")
+        text, begins = line.strip(), begins or line[:8]
+        if "\0" in text or (not text.isascii() and NOT_UTF8.search(text)):
+            begins = begins.encode("utf-8", "surrogateescape")
+            raise UserError(
+                f"{where} line {number} is not UTF-8 text; the file begins with {begins}. Convert "
+                "it, text of Windows with iconv -f cp1252 -t utf-8, with zero bytes -f utf-16; or "
+                "unpack it, if it is packed")
+        if BLANK.fullmatch(text):
+            text = ""
         if text and first and NO_PROSE.match(text):
             raise UserError(f"{where} line {number} begins with {text[:20]}: JSON or markup, where "
                             "text is expected, a paragraph a line and a blank line between "
@@ -132,27 +166,25 @@ def check_lines(where, file):
 
 
 def read_paragraphs(lines, tokenized=False):
-    """Yield ("", document). BookCorpus is sentences without any boundary, so it is cut by size."""
+    """Yield documents. BookCorpus is sentences without any boundary, so it is cut by size."""
     document, size = [], 0
     for line in chain(lines, [""]):
         if line:
             document.append(undo_tokens(line) if tokenized else line)
             size += len(line)
         if document and (not line or size > MAX_DOCUMENT):
-            yield "", document
+            yield document
             document, size = [], 0
 
 
-def read_wikitext(name, lines):
-    """Yield (split, article). A blank line separates paragraphs, ` = Title = ` begins an article,
-    and there is a file to validate on."""
-    split = re.search(r"\.(train|valid)\.raw\b|$", name)[1]
+def read_wikitext(lines):
+    """Yield articles. A blank line separates paragraphs, ` = Title = ` begins an article."""
     article = []
-    for line in chain(lines if split else (), ["= End ="]):  # not the test set
+    for line in chain(lines, ["= End ="]):
         if not re.fullmatch("= .* =", line):
             article += [undo_tokens(line)] if line else []
         elif re.fullmatch("= [^=]+ =", line) and article:
-            yield split, article
+            yield article
             article = []
 
 

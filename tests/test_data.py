@@ -2,10 +2,13 @@
 
 import bz2
 import gzip
+import io
 import json
 import lzma
 import os
 import random
+import signal
+import subprocess
 import sys
 import threading
 import unicodedata
@@ -23,7 +26,7 @@ from data.text import read_documents
 from data.tokenizer import (
     CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
 )
-from tests.helpers import WORDS, packed_tar, packed_zip, write_corpus
+from tests.helpers import ROOT, WORDS, packed_tar, packed_zip, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -55,17 +58,27 @@ def test_every_packing_reads_the_same(tmp_path):
             ("", ["One paragraph.", "Another — with ünïcode 🙂."]), ("", ["Second document."])], name
 
 
-def test_a_folder_is_read_with_its_folders_and_without_leftovers(tmp_path):
+def test_a_folder_is_read_with_its_folders_without_what_is_hidden_or_ours(tmp_path):
     top, elsewhere = tmp_path / "top", tmp_path / "elsewhere"
     for path in (top / "b.txt", top / "AA" / "wiki_00", top / "AA" / "c" / "d.txt",
                  elsewhere / "e.txt", top / ".git" / "x", top / ".hidden", top / "AA" / ".DS_Store",
-                 top / "__MACOSX" / "b.txt"):
+                 top / "run-0" / ".lock", top / "run-0" / "config.json",
+                 top / "cache" / ".lock", top / "cache" / "0123" / "meta.json"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(f"{path.name}\n")
     (top / "linked").symlink_to(elsewhere)
     found = texts.find_files(str(top), tmp_path, 1)
     assert [str(p.relative_to(top)) for p in found] == [
         "AA/c/d.txt", "AA/wiki_00", "b.txt", "linked/e.txt"]
+    (top / "AA" / "again").symlink_to(top)
+    with pytest.raises(UserError, match="top/AA/again and .*top are one folder, by a link"):
+        corpora.prepare(str(top), 600, tmp_path / "cache")
+    (top / "AA" / "again").unlink()
+    os.mkfifo(top / "pipe")
+    for corpus in (top, top / "pipe", "/dev/null"):
+        with pytest.raises(UserError, match="is a pipe or a device, .* write it to a file first"):
+            corpora.prepare(str(corpus), 600, tmp_path / "cache")
+    (top / "pipe").unlink()
     (top / "gone").symlink_to(tmp_path / "nowhere")
     with pytest.raises(FileNotFoundError, match="gone"):
         corpora.prepare(str(top), 600, tmp_path / "cache")
@@ -103,9 +116,11 @@ WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both hea
 @pytest.mark.parametrize("name, content, message", [
     ("a.txt", b"", "0 documents"),
     ("a.txt", b"One document only.\n", "1 documents"),
-    ("a.txt", b"a\n\nzero \0 bytes\n", r"a\.txt line 3 is not text: it has a zero byte"),
-    ("a.txt", "a\n".encode("utf-16"), "line 1 is not text.*iconv -f utf-16"),
-    ("a.txt", "a\r\nb\n\ncaf\u00e9\n".encode("latin-1"), "line 4 is not UTF-8.*iconv -f latin1"),
+    ("a.txt", b"a\n\nzero \0 bytes\n", r"a\.txt line 3 is not UTF-8 text; .*begins with b'a.n'"),
+    ("a.txt", "a\n".encode("utf-16"), "line 1 is not UTF-8 text.*with zero bytes -f utf-16"),
+    ("a.txt", "a\r\nb\n\nca\u00e9\n".encode("cp1252"), "line 4 is not UTF-8.* -f cp1252"),
+    ("a.pdf", b"%PDF-1.5\n%\xd0\xd4\n", "a.pdf line 2 is not UTF-8 text; .*with b'%PDF-1.5'"),
+    ("a.parquet", b"PAR1\x15\x04\0", "line 1 is not UTF-8 text; .*with b'PAR1.*unpack"),
     ("a.gz", gzip.compress(b"a\nb \xff c\n"), r"a\.gz line 2 is not UTF-8"),
     ("a.xz", lzma.compress(b"text " * 1000)[:-20], "a.xz cannot be read: Comp.*; if it is damaged"),
     ("a.gz", PACKED[:-20], "a.gz cannot be read: Compressed file ended"),
@@ -116,14 +131,15 @@ WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both hea
     ("a.zip", ZIP.replace(ZIP[150:250], bytes(100)), "a.zip, b.txt, .*CRC"),
     ("a.zip", WITH_PASSWORD, "a.zip cannot be read.*password required"),
     ("a.zip", packed_zip({"b.txt": b"\xff"}), "a.zip, b.txt, line 1 is not UTF-8"),
-    ("a.tar", packed_tar({"b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not text"),
-    ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst is compressed with zstd: unpack it first"),
-    ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "a.txt is compressed with 7z: unpack it first"),
+    ("a.tar", packed_tar({"b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not UTF-8 text"),
+    ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst line 1 is not UTF-8 text.*unpack it"),
+    ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "begins with b.7z.*unpack it"),
     ("a.jsonl", b'\n{"id": 1, "text": "Words."}\n' * 9, "line 2 begins with .*JSON.*jq -r"),
     ("a.json", b'[\n {"text": "Some words."}\n]', "line 1 begins with .*JSON or markup"),
     ("a.json", b'["Some words.", "More words."]', "line 1 begins with .*JSON or markup"),
     ("a.txt", b"{'text': 'Some words.'}", "line 1 begins with .*JSON or markup"),
     ("a.sgml", b"<DOC>\n<DOCNO>", "line 1 begins with <DOC>: JSON or markup"),
+    ("a.rtf", rb"{\rtf1\ansi", "JSON or markup"), ("a.html", b"<p>Words", "JSON or markup"),
     ("a.html", b"<!DOCTYPE html>\n<html>", "line 1 begins with <!DOCTYPE html>: JSON or markup"),
     ("a.txt", b"too few\n\nwords here\n", "more than this corpus supports: .*or at most [0-9]+"),
 ])
@@ -164,6 +180,69 @@ def test_an_interrupt_within_the_trainer_stays_one(tmp_path):
     assert not (tmp_path / "t.model").exists()
 
 
+def test_what_looks_blank_is_blank(tmp_path):
+    blanks = "\u200b", " \u00ad \ufeff", "\u3164\t", "▁", "\x01"
+    text = "".join(f"Text {i}.\n{blank}\n" for i, blank in enumerate(blanks))
+    (tmp_path / "a.txt").write_text(text + "\u200bthe last\n")
+    assert [len(d) for _, d in read_documents([tmp_path / "a.txt"])] == [1] * (len(blanks) + 1)
+
+
+# ---- the parts of a data set, and what the start says of them
+
+
+@pytest.mark.parametrize("name, part", [
+    *((name, "train") for name in ("train.txt", "wiki.train.raw", "train/a.txt")),
+    *((name, "valid") for name in ("valid.txt", "Validation-00000-of-00002.gz", "x/dev/1.txt",
+                                   "c4-validation.00001.txt", "ptb.val.txt", "en-dev.txt")),
+    *((name, "test") for name in ("test.txt", "a_test", "test2.txt", "test_01.txt")),
+    *((name, "") for name in ("a.txt", "latest.txt", "device.txt", "test-driven.txt", "trains")),
+])
+def test_a_name_says_which_part_it_is(name, part):
+    assert texts.part_of(name) == part
+
+
+def test_files_to_validate_are_held_out_and_those_to_test_left_out(tmp_path):
+    """In a folder and in an archive; not where one file is all there is, or all are alike."""
+    written = {"train.txt": write_corpus(tmp_path / "a", 60).read_bytes(),
+               "more.txt": b"More words.\n\nMany more words.\n",
+               "valid.txt": write_corpus(tmp_path / "b", 9, seed=1).read_bytes(),
+               "test.txt": b"the zyxomma\n\n" * 99}
+    (tmp_path / "parts").mkdir()
+    for name, data in written.items():
+        (tmp_path / "parts" / name).write_bytes(data)
+    (tmp_path / "parts.zip").write_bytes(packed_zip(written))
+    folders = [corpora.prepare(str(tmp_path / name), 600, tmp_path / "cache")
+               for name in ("parts", "parts.zip")]
+    for folder in folders:
+        text = corpora.load(folder, 34)
+        assert "documents: 71 (9 held out, 99 more left out, by their files' names)" in text.about
+        held = "".join(text.tokenizer.decode(np.fromfile(folder / "valid.bin", np.uint16)))
+        assert held.count("document") == 9 and "more words" not in held
+        assert not any("zyxo" in piece for piece in text.tokenizer.pieces)
+    one = write_corpus(tmp_path / "test.txt", 60)
+    assert "documents: 60; " in corpora.load(corpora.prepare(
+        str(one), 600, tmp_path / "cache"), 34).about
+    for name in ("train.txt", "more.txt"):
+        (tmp_path / "parts" / name).unlink()
+    with pytest.raises(UserError, match="9 documents, 9 of them in files to validate"):
+        corpora.prepare(str(tmp_path / "parts"), 600, tmp_path / "cache")
+
+
+def test_the_start_says_how_much_of_the_held_out_text_is_trained_on(tmp_path):
+    (tmp_path / "twice").mkdir()
+    for name in ("a.txt", "b.txt"):
+        write_corpus(tmp_path / "twice" / name, 110)
+    documents = write_corpus(tmp_path / "half.txt", 60).read_text().split("\n\n")
+    documents[3] += "\nThe model reads a text while the masks move."
+    documents[25] = ("the  model reads a text while the masks move.\n"  # what is held out
+                     "\u200bThe masks move while a text reads the model.")
+    (tmp_path / "half.txt").write_text("\n\n".join(documents))
+    for name, share in (("twice", "100.0%"), ("half.txt", "50.0%")):
+        folder = corpora.prepare(str(tmp_path / name), 600, tmp_path / "cache")
+        assert f"of the held-out text {share} is in the training text" in corpora.load(
+            folder, 16).about
+
+
 # ---- the text of the first run
 
 
@@ -179,6 +258,7 @@ def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(docs.importlib.util, "find_spec", lambda name: SimpleNamespace(
         origin=str(tmp_path / name / "__init__.py")))
     words = ["x" * i for i in range(60)] + ["torch", "numpy"]  # no site-packages of the stdlib
+    monkeypatch.setattr("_multiprocessing.SemLock", None)  # as where there is no /dev/shm
     for processes in (1, 3):
         (cache := tmp_path / f"cache{processes}").mkdir()
         path, = texts.find_files("docs", cache, processes)
@@ -207,7 +287,9 @@ def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared,
     assert text.counts[N_SPECIAL:].sum() == (text.train >= N_SPECIAL).sum()
     assert meta["train_tokens"] == len(expected["train"])
     characters = sum(len(p) for d in documents for p in d)
-    assert text.about == f"files: 1, documents: 120, characters: {characters:,}"
+    assert text.about == (
+        f"files: 1, characters: {characters:,}, documents: 120; of the held-out text 0.0% is in "
+        f'the training text, too; it begins "{normalize(documents[0][0])[:60]}"')
 
 
 def test_batches_threads_and_memory_do_not_change_the_tokens(prepared, tmp_path, monkeypatch):
@@ -226,9 +308,9 @@ def test_batches_threads_and_memory_do_not_change_the_tokens(prepared, tmp_path,
 def test_the_tokenizer_sample_is_spread_over_the_corpus(tmp_path, monkeypatch):
     source = write_corpus(tmp_path / "text.txt", documents=400)
     monkeypatch.setattr(corpora, "TOKENIZER_SAMPLE", 20_000)
-    documents, characters, sample = corpora.sample_paragraphs([source], "")
+    parts, characters, sample = corpora.sample_paragraphs([source], "")
     numbers = [int(p.split()[1][:-1]) for p in sample if p.startswith("Document")]
-    assert documents == 400 and sum(map(len, sample)) <= 20_000 < characters
+    assert parts == {"": 400} and sum(map(len, sample)) <= 20_000 < characters
     assert len(set(np.diff(numbers))) == 1 and numbers[-1] > 300
 
 
@@ -324,6 +406,20 @@ def test_the_cache_is_used_again_and_found_by_its_hashes(prepared, tmp_path):
     assert corpora.find_prepared(tmp_path / "no cache", text.sha256) is None
 
 
+def test_a_text_is_encoded_with_the_tokenizer_of_another(prepared, tokenizer, tmp_path):
+    other = write_corpus(tmp_path / "text.txt", seed=1)
+    other.write_text(other.read_text() + "\n\nTwo жирафа.\n")
+    cache, path = tmp_path / "cache", prepared[1] / "tokenizer.model"
+    text = corpora.load(corpora.prepare(str(other), 9999, cache, 1, tokenizer=path), 34)
+    assert text.tokenizer.sha256 == tokenizer.sha256
+    expected = [i for _, d in read_documents([other]) for p in d for i in tokenizer.encode(p)]
+    found = np.concatenate([text.train.ravel(), text.valid.ravel()])
+    assert (found >= N_SPECIAL).sum() == pytest.approx(len(expected), abs=2 * 32)
+    assert corpora.load(corpora.prepare(str(other), 600, cache), 34).tokenizer.sha256 != (
+        tokenizer.sha256)
+    assert len(list(cache.glob("*/meta.json"))) == 2
+
+
 def test_a_damaged_cache_is_refused(tmp_path):
     folder = corpora.prepare(str(write_corpus(tmp_path / "text.txt")), 600, tmp_path / "cache")
     corpora.load(folder, 32)
@@ -358,14 +454,11 @@ def test_processes_that_start_together_wait_for_the_one_that_builds(tmp_path, mo
     assert "waiting for another process: it prepares a corpus" in capsys.readouterr().err
 
 
-def test_what_a_killed_builder_left_goes_after_a_day(tmp_path):
-    old, new = (tmp_path / "cache" / f"ab.building-{i}" for i in range(2))
-    for path in (old, new):
-        path.mkdir(parents=True)
-        (path / "train.bin").write_bytes(b"x")
-    os.utime(old, (0, 0))
+def test_what_a_killed_builder_left_goes_with_the_next(tmp_path):
+    (left := tmp_path / "cache" / "ab.building").mkdir(parents=True)
+    (left / "train.bin").write_bytes(b"x")
     corpora.prepare(str(write_corpus(tmp_path / "text.txt")), 600, tmp_path / "cache")
-    assert not old.exists() and new.exists()
+    assert not left.exists()
 
 
 # ---- batches
@@ -456,6 +549,29 @@ def test_without_locks_there_is_one_warning(tmp_path, monkeypatch, capsys):
         files.lock_folder(tmp_path, wait="it prepares a corpus")
     assert capsys.readouterr().err.count("warning: no locks on the file system") == 1
     monkeypatch.delattr(files.lock_folder, "warned")
+
+
+def test_a_system_without_locks_is_told_in_one_line():
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import data.files"],
+        cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Linux or macOS" in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_signals_are_left_alone_in_a_thread():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(files.catch_signals()))
+    thread.start()
+    thread.join()
+    assert found == [[]] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_notebook_has_its_own_streams(monkeypatch):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
+    files.run_script(lambda: print("works ▁"))
+    assert stream.getvalue() == "works ▁\n"
 
 
 @pytest.mark.parametrize("error, line, status", [
