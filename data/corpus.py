@@ -109,9 +109,6 @@ def encode_documents(paths, corpus, tokenizer, parts, characters, folder, thread
                     unfinished[split] = 0
                 ids.tofile(files[split])
             bar.update(sum(map(len, paragraphs)))
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
     return sum(held_out[p] for p in held_out.keys() & trained) / max(1, held_out.total())
 
 

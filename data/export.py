@@ -18,16 +18,14 @@ import torch
 from data.files import UserError, write_atomic
 from data.tokenizer import INVISIBLE, N_SPECIAL, RESERVED
 
-FILES = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
-
 
 def export(model, tokenizer, folder):
-    """Write the four files -> the name of the class that opens them. UserError if one of them is
+    """Write the four files -> the name of the class that opens them. UserError for a folder that is
     there already: nothing is overwritten."""
     folder = Path(folder)
-    if there := [name for name in FILES if (folder / name).exists()]:
-        raise UserError(f"{folder / there[0]} exists: give another folder to --export")
-    folder.mkdir(parents=True, exist_ok=True)
+    if folder.exists():
+        raise UserError(f"{folder} exists: give another folder to --export")
+    folder.mkdir(parents=True)
 
     def write(name, value):
         write_atomic(folder / name, json.dumps(value).encode())

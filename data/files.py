@@ -14,6 +14,7 @@ import pickle
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -31,28 +32,20 @@ class UserError(Exception):
 
 
 class Output:
-    """sys.stdout or sys.stderr for work that must not die with its reader: what the terminal has no
-    letters for is replaced, and where nobody reads any more (a closed pipe, a full disk) the rest
-    is dropped."""
+    """A stdout or stderr without which work goes on: a closed pipe or terminal, a full disk."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # None: closed before we began (2>&-)
         if hasattr(self.stream, "reconfigure"):  # a notebook's has no such thing, and all letters
             self.stream.reconfigure(errors="replace")
-        self.error = None  # what was dropped because of it, but for a reader who has seen enough
-
-    def try_to(self, action, *args):
-        try:
-            return getattr(self.stream, action)(*args)
-        except OSError as error:
-            self.error = None if error.errno == errno.EPIPE else error
-            self.stream = open(os.devnull, "w")
 
     def write(self, text):
-        return self.try_to("write", text)
+        with suppress(OSError):
+            self.stream.write(text)
 
     def flush(self):
-        return self.try_to("flush")
+        with suppress(OSError):
+            self.stream.flush()
 
     def __getattr__(self, name):
         return getattr(self.stream, name)
@@ -64,11 +57,7 @@ def run_script(main):
         sys.stdin = sys.stdin or open(os.devnull)  # or the next file opened would be printed into
         if not isinstance(sys.stdout, Output):
             sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
-        value = main()
-        sys.stdout.flush()
-        if getattr(sys.stdout, "error", None):
-            raise sys.stdout.error
-        return value
+        return main()
     except UserError as error:
         message = f"error: {' '.join(str(error).split())}"
     except OSError as error:

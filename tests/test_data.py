@@ -567,6 +567,16 @@ def test_signals_are_left_alone_in_a_thread():
     assert found == [[]] and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_work_goes_on_where_nobody_reads(monkeypatch):
+    reading, writing = os.pipe()
+    os.close(reading)
+    monkeypatch.setattr(sys, "stderr", None)
+    monkeypatch.setattr(sys, "stdout", os.fdopen(writing, "w"))
+    assert files.run_script(lambda: (print("a" * 10**6, flush=True), print("works"))[1:]) == (None,)
+    with pytest.raises(BrokenPipeError):
+        sys.stdout.stream.close()
+
+
 def test_a_notebook_has_its_own_streams(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
     monkeypatch.setattr(sys, "stdout", stream := io.StringIO())
