@@ -118,8 +118,8 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
     parts, characters, sample = sample_paragraphs(paths, corpus)
     documents = parts.total() - parts["test"]
     if documents < 2 or not sample:
-        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} of them in "
-                        "files to validate on: too few to train on one and hold out another (one "
+        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} held out by "
+                        "their files' names: too few to train on one and hold out another (one "
                         "paragraph a line, a blank line between documents)")
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")

@@ -151,9 +151,9 @@ def check_lines(where, file):
         if "\0" in text or (not text.isascii() and NOT_UTF8.search(text)):
             begins = begins.encode("utf-8", "surrogateescape")
             raise UserError(
-                f"{where} line {number} is not UTF-8 text; the file begins with {begins}. Convert "
-                "it, text of Windows with iconv -f cp1252 -t utf-8, with zero bytes -f utf-16; or "
-                "unpack it, if it is packed")
+                f"{where} line {number} is not UTF-8 text; the file begins with {begins}. Text of "
+                "Windows: iconv -f cp1252 -t utf-8; with zero bytes: iconv -f utf-16 -t utf-8; "
+                "packed, or no text at all: unpack it, or write its text to a file")
         if BLANK.fullmatch(text):
             text = ""
         if text and first and NO_PROSE.match(text):

@@ -27,7 +27,8 @@ MAX_VOCAB = 65536  # token ids are stored as uint16
 PRINTABLE = set(string.digits + string.ascii_letters + string.punctuation)
 
 # Control characters, and what Unicode calls default ignorable: soft hyphens, zero-width characters,
-# marks of direction and of byte order, variation selectors. An emoji joined of several falls apart.
+# marks of direction and of byte order, variation selectors. An emoji joined of several falls apart;
+# so do words of Persian or Hindi, which are written with joiners: this is made for English.
 INVISIBLE = ("[\0-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u034f\u061c\u115f\u1160\u17b4\u17b5"
              "\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\u3164\ufe00-\ufe0f\ufeff\uffa0"
              "\ufff0-\ufffc\U0001bca0-\U0001bca3\U0001d173-\U0001d17a\U000e0000-\U000e0fff]")

@@ -117,7 +117,7 @@ WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both hea
     ("a.txt", b"", "0 documents"),
     ("a.txt", b"One document only.\n", "1 documents"),
     ("a.txt", b"a\n\nzero \0 bytes\n", r"a\.txt line 3 is not UTF-8 text; .*begins with b'a.n'"),
-    ("a.txt", "a\n".encode("utf-16"), "line 1 is not UTF-8 text.*with zero bytes -f utf-16"),
+    ("a.txt", "a\n".encode("utf-16"), "line 1 is not UTF-8 text.*zero bytes: iconv -f utf-16"),
     ("a.txt", "a\r\nb\n\nca\u00e9\n".encode("cp1252"), "line 4 is not UTF-8.* -f cp1252"),
     ("a.pdf", b"%PDF-1.5\n%\xd0\xd4\n", "a.pdf line 2 is not UTF-8 text; .*with b'%PDF-1.5'"),
     ("a.parquet", b"PAR1\x15\x04\0", "line 1 is not UTF-8 text; .*with b'PAR1.*unpack"),
@@ -224,7 +224,7 @@ def test_files_to_validate_are_held_out_and_those_to_test_left_out(tmp_path):
         str(one), 600, tmp_path / "cache"), 34).about
     for name in ("train.txt", "more.txt"):
         (tmp_path / "parts" / name).unlink()
-    with pytest.raises(UserError, match="9 documents, 9 of them in files to validate"):
+    with pytest.raises(UserError, match="9 documents, 9 held out by their files"):
         corpora.prepare(str(tmp_path / "parts"), 600, tmp_path / "cache")
 
 
