@@ -5,6 +5,8 @@
     python train.py --masking entropy --teacher runs/random-0
     python train.py --resume runs/self-0         # go on after any interruption, bit for bit
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
+    python train.py --eval runs/self-0 --corpus my.txt         # or its loss on another text
+    python train.py --init-from runs/self-0 --corpus my.txt --seed 1     # go on with another text
     torchrun --nproc-per-node=2 train.py         # several GPUs, each with a share of the batch
 
 The method is update(). The flags, `args`, are listed at the end of this file.
@@ -365,13 +367,20 @@ def main():
     args, earlier, only_evaluate = parse_args()
     machine = Machine(args)
     print(f"machine: {WORLD} x {machine.about}")
-    text = corpus.load_text(args, earlier, machine)
-    valid = corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device)  # (N, T)
+    # Another text is read with the tokenizer of the run that it is for.
+    other = only_evaluate and args.corpus != earlier["flags"]["corpus"]
+    of_run = args.out if other else "" if earlier else args.init_from
+    text = corpus.load_text(args, earlier, machine, of_run and Path(of_run) / "tokenizer.model")
+    held_out = text.valid
+    if other and text.sha256 != earlier["corpus_sha256"]:  # the run has read nothing of it
+        held_out = text.train
+    valid = corpus.with_ends(held_out[:args.eval_blocks]).to(machine.device)  # (N, T)
     print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
-          f"{len(valid)} held out, unigram entropy {text.unigram_entropy:.2f} nats")
+          f"{len(valid)} to evaluate on, unigram entropy {text.unigram_entropy:.2f} nats")
     if only_evaluate:
         found = evaluate(load(args.out)[0].to(machine.device), valid, machine)
-        return print(f"{args.out}: held-out loss {found['val_loss']:.4f} nats, "
+        where = f"{args.out} on {args.corpus}" if other else args.out
+        return print(f"{where}: held-out loss {found['val_loss']:.4f} nats, "
                      f"accuracy {found['val_accuracy']:.4f}")
 
     job, spent, teacher_flops = build(args, machine, text, valid)
@@ -421,7 +430,8 @@ FLAGS = {
          "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2) or a folder "
          "of them, a paragraph a line, a blank line between documents"),
         ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
-        ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus"),
+        ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus "
+         "(with --init-from: the tokenizer of that run)"),
         ("seq-len", 128, "from 16 to 65536", "tokens in a block, [CLS] and [SEP] included"),
     ],
     "Model": [
@@ -434,7 +444,8 @@ FLAGS = {
         ("init-std", 0.05, "above 0", "deviation of the initial weights; BERT: 0.02"),
         ("dropout", 0.0, "from 0 to below 1", "on embeddings, attention, block outputs; BERT: 0.1"),
         ("init-from", "", "path", "begin with the weights of this finished run (every second layer "
-         "of a deeper one); optimiser, schedule and step are new"),
+         "of a deeper one) and read --corpus with its tokenizer; optimiser, schedule and step are "
+         "new"),
     ],
     "Masking": [
         ("masking", "self", ("random", "entropy", "self"), "anywhere; where a --teacher is "
@@ -570,6 +581,12 @@ def check_flags(args, given):
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {run}: not a finished run folder (if it has moved, say where "
                             f"with {flag})")
+    if args.init_from and new:  # its tokenizer stays
+        pieces = read_config(args.init_from)["flags"]["vocab_size"]
+        if "vocab_size" in given and args.vocab_size != pieces:
+            raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer of --init-from "
+                            f"{args.init_from} has {pieces} pieces: leave that flag out")
+        args.vocab_size = pieces
 
 
 def parse_args(argv=None):
@@ -584,7 +601,8 @@ def parse_args(argv=None):
                         "an hour; gpu: one GPU; paper: our literal guess. Any flag overrides it")
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
-    parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run")
+    parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run; with "
+                        "--corpus OTHER: on that text, with the tokenizer of the run")
     typed = vars(parser.parse_args(argv))
     preset, resume, evaluated = (typed.pop(name, None) for name in ("preset", "resume", "eval"))
     if evaluated == "" or None not in (evaluated, resume):

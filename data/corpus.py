@@ -246,22 +246,29 @@ def load(folder, seq_len, max_tokens=0):
         unigram_entropy=unigram_entropy(valid_counts))
 
 
-def load_text(args, earlier, machine):
+def load_text(args, earlier, machine, tokenizer=None):
     """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
-    cache by their hash, whatever was upgraded, moved or deleted since."""
+    cache by their hash, whatever was upgraded, moved or deleted since; else those of --corpus.
+
+    tokenizer: a tokenizer.model to encode --corpus with, whatever an earlier run has read.
+    """
+    def find():
+        return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, tokenizer)
+
+    if not earlier or tokenizer:
+        return load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
     moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
              "where with --corpus")
-
-    def find():
-        found = earlier and find_prepared(args.cache, earlier["corpus_sha256"])
-        try:
-            return found or prepare(args.corpus, args.vocab_size, args.cache, machine.threads)
-        except UserError as error:
-            raise UserError(f"{error} ({moved})" if earlier else error)
-
-    text = load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
-    if earlier and earlier["corpus_sha256"] != text.sha256:
+    found = find_prepared(args.cache, earlier["corpus_sha256"])
+    try:
+        text = load(found or machine.in_turn(find), args.seq_len, args.corpus_tokens)
+    except UserError as error:
+        raise error if found else UserError(f"{error} ({moved})")
+    if earlier["corpus_sha256"] != text.sha256:
         raise UserError(f"--corpus {args.corpus} is another text, and {moved}")
+    if found and args.corpus != earlier["flags"]["corpus"]:
+        print(f"note: --corpus {args.corpus} was not read: the text that {args.out} began with is "
+              f"in {args.cache}")
     return text
 
 

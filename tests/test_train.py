@@ -7,6 +7,7 @@ takes seconds.
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -138,6 +139,35 @@ def test_init_from_takes_the_weights_alone_and_counts_what_they_cost(
     call(command(folder, "again", "--seed", "1", "--steps", "1", "--init-from", teacher),
          monkeypatch)
     assert "has --seed 1, too" in capsys.readouterr().out
+
+
+def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, monkeypatch, capsys):
+    """To evaluate on it, and to go on with it; the run's own text is known by its hash."""
+    write_corpus(folder / "other.txt", documents=300, seed=9)
+    shutil.copy(folder / "text.txt", folder / "moved.txt")
+
+    def evaluate(*flags):
+        capsys.readouterr()
+        call(["train.py", "--eval", teacher, *flags], monkeypatch)
+        return capsys.readouterr().out
+
+    own, moved = evaluate(), evaluate("--corpus", folder / "moved.txt")
+    other = evaluate("--corpus", folder / "other.txt")
+    loss = [float(re.search(r"held-out loss ([\d.]+)", out)[1]) for out in (own, moved, other)]
+    assert loss[0] == loss[1] == pytest.approx(read_log(teacher)[-1]["val_loss"], abs=1e-4)
+    assert loss[2] != loss[0] and f"{teacher} on {folder / 'other.txt'}: held-out loss" in other
+    assert "no such file" in refused(
+        ["train.py", "--eval", teacher, "--corpus", folder / "nowhere"], monkeypatch, capsys)
+
+    flags = command(folder, "goes-on", "--seed", "5", "--init-from", teacher)
+    flags[2] = folder / "other.txt"
+    call(flags, monkeypatch)
+    config = read_config(folder / "goes-on")
+    assert config["tokenizer_sha256"] == read_config(teacher)["tokenizer_sha256"]
+    assert config["corpus_sha256"] != read_config(teacher)["corpus_sha256"]
+    assert "has 600 pieces" in refused(
+        command(folder, "never", "--init-from", teacher, "--vocab-size", "700"), monkeypatch,
+        capsys)
 
 
 # ---- a run
