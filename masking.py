@@ -55,10 +55,12 @@ READS = {"masked": masked, "unmasked": unmasked}
 # --select: how entropies become scores. H (B, T) is nan where no candidate is; noise (B, T, 5) is
 # uniform; k tokens will be taken. -> scores (B, T); nan is never taken
 
-# What each of a token's five numbers decides. Where to mask: who is in the pool; the order of equal
-# scores; the random part of `mix` and `sample`. What is shown: [MASK], another or the same; which
-# other token. (keep_places relies on this order.)
-POOL, TIES, OTHERS, WHICH, TOKEN = range(5)
+# What each of a token's five random numbers decides. The first three are about places:
+POOL = 0  # who is a candidate
+TIES = 1  # the order of equal scores
+OTHERS = 2  # the random part of `mix` and `sample`
+WHICH = 3  # what is shown: [MASK], another token or the same
+TOKEN = 4  # which other token
 
 
 def high(H, noise, k):
@@ -125,14 +127,15 @@ class Strategy:
         ordinary = tokens >= N_SPECIAL
         if self.pool:
             anywhere = noise[..., POOL].masked_fill(~ordinary, -1.0)
+            # In ascending order: a set of places gives the same bits however it was found.
             places = anywhere.topk(self.pool * k).indices.sort().values  # (B, c)
         else:
             places = torch.arange(1, T - 1, device=tokens.device).expand(B, -1)
-        asked = torch.zeros(places.shape, device=tokens.device)
+        answers = torch.zeros(places.shape, device=tokens.device)
         if self.reads:
-            asked = self.reads(self.model, tokens, places)  # (B, c)
+            answers = self.reads(self.model, tokens, places)  # (B, c)
         nowhere = torch.full((B, T), math.nan, device=tokens.device)
-        H = nowhere.scatter(1, places, asked).masked_fill(~ordinary, math.nan)
+        H = nowhere.scatter(1, places, answers).masked_fill(~ordinary, math.nan)
         scores = self.select(H, noise, k).masked_fill(~ordinary, math.nan)
         return highest(scores, k, noise[..., TIES])
 
@@ -171,7 +174,8 @@ def draw(seed, step, rows, T, stream=NOISE):
 
 
 def draw_blocks(seed, blocks, T):
-    """(B, T, 5) numbers that belong to the blocks (B,) of the training text, whatever the step."""
+    """Numbers (B, T, 5) that depend on the block (B,) of the training text, and not on the step:
+    its number takes the place of the step."""
     return torch.cat([draw(seed, int(block), 1, T, STATIC) for block in blocks])
 
 

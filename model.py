@@ -38,7 +38,7 @@ from data.tokenizer import CLS, MASK, SEP, Tokenizer
 SIZES = {"tiny": (2, 128), "wide": (2, 256), "mini": (4, 256), "small": (4, 512),
          "medium": (8, 512), "base": (12, 768)}
 HEAD_WIDTH = 64
-MAX_SEQ_LEN = 1 << 16  # in a file; no weight shows that of rotary positions
+MAX_SEQ_LEN = 1 << 16  # of a file from outside: no weight shows how long rotary positions go
 
 
 @dataclass(frozen=True)

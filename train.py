@@ -70,7 +70,7 @@ def masks_per_row(args, step):
 
 
 def after_init(args, step):
-    """Is the part of the run over that masks at random first?"""
+    """Is the first part of the run, which masks at random, over?"""
     return step >= args.init_frac * args.steps
 
 
@@ -101,7 +101,8 @@ def update(args, job, step):
         # 2. What stands there instead: [MASK], another token, or the same.
         inputs = masking.corrupt(x, positions, noise[rows], job.model.shape.vocab_size)  # (b, T)
         labels = x.gather(1, positions).flatten()  # (b k,)
-        # 3. Predict these places, and these alone.
+        # 3. Predict these places, and these alone. (With an autocast of its own: the first one
+        # holds weights that were cast without gradients.)
         masking.seed_dropout(args.seed, step, rows.start)
         with job.machine.autocast():
             logits = job.forward(inputs, positions).flatten(0, 1)  # (b k, V)
@@ -113,8 +114,8 @@ def update(args, job, step):
                 taught = job.teacher(inputs, positions).flatten(0, 1)
             loss = (1 - args.alpha) * loss + args.alpha * distillation_loss(
                 logits, taught.float(), args.tau)
-        # 4. Learn. `weight` is the share of these rows in the batch: as all rows have k masked
-        # tokens, the sum of the weighted means is the mean over the batch.
+        # 4. Learn. `weight` is the share of these rows among those of this process: as all rows
+        # have k masked tokens, the sum of the weighted means is the mean over them.
         (weight * loss).backward()
         if job.means:
             job.means.see(labels, inputs.gather(1, positions).flatten(), logits)
@@ -144,7 +145,7 @@ def learning_rate(step, steps, peak, warmup_frac, decay_frac=1.0):
 
 def make_optimizer(model, lr, weight_decay, embedding_lr=None):
     """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
-    embedding_lr the token embeddings are a third group, which has that rate."""
+    embedding_lr (glue.py) the token embeddings are a third group, which has that rate."""
     embeddings = [p for name, p in model.named_parameters()
                   if embedding_lr is not None and "token_embedding" in name]
     rest = [p for p in model.parameters() if all(p is not e for e in embeddings)]
@@ -163,7 +164,7 @@ def count_flops(args, job, steps):
         k = masks_per_row(args, step)
         total += 3 * forward_flops(job.model.shape, T, k)
         if asked and after_init(args, step):
-            total += forward_flops(asked.shape, T, args.pool * k or T - 2)
+            total += forward_flops(asked.shape, T, job.strategy.pool * k or T - 2)
         if teaching(args, step):
             total += forward_flops(job.teacher.shape, T, k)
     return args.batch_size * total
@@ -210,15 +211,17 @@ def evaluate(model, tokens, machine):
     # Half of all rows away: the neighbours of a row are of the same document, and on its topic.
     foreign = tokens.roll(len(tokens) // 2, 0).scatter(1, positions, inputs.gather(1, positions))
     loss = loss_without = right = 0
-    for x, other, p, y in zip(*(t.split(64) for t in (inputs, foreign, positions, labels))):
+
+    def predict(x, p):
         with machine.autocast():
-            logits = model(x, p).flatten(0, 1).float()
-        loss += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
-        right += (logits.argmax(-1) == y.flatten()).sum().item()
+            return model(x, p).flatten(0, 1).float()
+
+    for x, other, p, y in zip(*(t.split(64) for t in (inputs, foreign, positions, labels))):
+        logits, y = predict(x, p), y.flatten()
+        loss += F.cross_entropy(logits, y, reduction="sum").item()
+        right += (logits.argmax(-1) == y).sum().item()
         if len(tokens) > 1:
-            with machine.autocast():
-                logits = model(other, p).flatten(0, 1).float()
-            loss_without += F.cross_entropy(logits, y.flatten(), reduction="sum").item()
+            loss_without += F.cross_entropy(predict(other, p), y, reduction="sum").item()
     n = labels.numel()
     return {"val_loss": loss / n, "val_accuracy": right / n,
             "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
@@ -246,8 +249,8 @@ def report(args, job, state, teacher_flops, evaluating):
         every = args.eval_every or args.steps
         tenth = every * max(1, round(args.steps / 10 / every))
         half = every * max(1, round(args.steps / 2 / every))
-        if due(tenth, state.step) or state.step in (half, args.steps):
-            with_dose = state.step in (half, args.steps)
+        with_dose = state.step in (half, args.steps)
+        if with_dose or due(tenth, state.step):
             line["masked"] = describe_masks(args, job, state.step, with_dose)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
@@ -367,10 +370,13 @@ def main():
     args, earlier, only_evaluate = parse_args()
     machine = Machine(args)
     print(f"machine: {WORLD} x {machine.about}")
-    # Another text is read with the tokenizer of the run that it is for.
     other = only_evaluate and args.corpus != earlier["flags"]["corpus"]
-    of_run = args.out if other else "" if earlier else args.init_from
-    text = corpus.load_text(args, earlier, machine, of_run and Path(of_run) / "tokenizer.model")
+    tokenizer = None  # None: learned from --corpus, or that of the text of an earlier run
+    if other:
+        tokenizer = Path(args.out) / "tokenizer.model"
+    elif args.init_from and not earlier:
+        tokenizer = Path(args.init_from) / "tokenizer.model"
+    text = corpus.load_text(args, earlier, machine, tokenizer)
     held_out = text.valid
     if other and text.sha256 != earlier["corpus_sha256"]:  # the run has read nothing of it
         held_out = text.train
@@ -543,8 +549,8 @@ def check_flags(args, given):
     candidates *= max(1, args.pool) if asking else 1
     for wrong, message in (
         (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
-        (not asking and given & {"score_input", "pool"},
-         "--score-input and --pool need entropies: --masking self or entropy"),
+        (not asking and (given & {"score_input", "pool"} or args.select not in ("high", "sample")),
+         "--score-input, --pool and --select need entropies: --masking self or entropy"),
         (not asking and args.init_frac and args.distill != "after-init",
          "--init-frac with --masking random means something only with --distill after-init"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
@@ -575,7 +581,7 @@ def check_flags(args, given):
     ):
         if wrong:
             raise UserError(message)
-    for name in ("teacher", "init_from", "flops_of")[:3 if new else 2]:
+    for name in ("teacher", "init_from", *["flops_of"] * new):  # an earlier run has its --steps
         run = getattr(args, name)
         if run and not (Path(run) / "model.pt").exists():
             flag = "--" + name.replace("_", "-")
@@ -605,11 +611,11 @@ def parse_args(argv=None):
                         "--corpus OTHER: on that text, with the tokenizer of the run")
     typed = vars(parser.parse_args(argv))
     preset, resume, evaluated = (typed.pop(name, None) for name in ("preset", "resume", "eval"))
-    if evaluated == "" or None not in (evaluated, resume):
+    if evaluated == "" or (evaluated is not None and resume is not None):
         raise UserError("--eval RUN only evaluates and needs a run folder; --resume goes on")
     args, earlier = Namespace(**{**DEFAULTS, **PRESETS[preset or "laptop"], **typed}), None
     settle(args)
-    if evaluated or resume is not None:
+    if evaluated or resume is not None:  # --resume alone means the run at --out
         run = Path(evaluated or resume or args.out).expanduser()
         args, earlier = open_earlier(run, bool(evaluated), typed, DEFAULTS, MAY_CHANGE)
     check_ranges(args, FLAGS)

@@ -24,7 +24,7 @@ train.py --teacher RUN; train.py --masking entropy -> --teacher
 train.py --masking entropy --teacher RUN --score-input vocabulary; train.py --score-input once
 train.py --masking entropy --teacher nowhere -> not a finished run
 train.py --masking entropy --vocab-size 560 --teacher RUN -> has another tokenizer
-train.py --static; train.py --masking random --init-frac 0.1
+train.py --masking random --select low; train.py --static; train.py --masking random --init-frac 0.1
 train.py --masking random --pool 3; train.py --vocab-size 10; train.py --vocab-size 70000
 train.py --width 100; train.py --layers -1; train.py --size huge; train.py --micro-batch 3
 train.py --preset lap; train.py --score-input type; train.py --init-from nowhere

@@ -3,17 +3,17 @@
 import json
 import re
 import shlex
+from argparse import Namespace
 
 import pytest
-import torch
 
 import glue
 import masking
 import train
 from data import inspection
 from data.files import UserError
-from tests.helpers import ROOT, call, command, write_corpus
-from tests.test_masking import T, noise_of, rows_of, table
+from tests.helpers import ROOT, T, V, call, command, rows_of, write_corpus
+from tests.test_masking import noise_of
 
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *(ROOT / "data" / "results").glob("*.md")]
@@ -42,19 +42,18 @@ def test_its_commands_are_commands(tmp_path, monkeypatch):
             inspection.main()
 
 
-def test_the_flags_of_the_method_have_the_defaults_that_it_names():
-    table = re.search(r"## Flags of the method\n(.*?)\n## ", README, re.S)[1]
-    rows = re.findall(r"^\| (`.*?) \| (.*?) \|", table, re.M)
-    assert len(rows) >= 8
-    for names, values in rows:
-        for name in re.findall(r"`--([a-z-]+)", names):
-            default = train.DEFAULTS[name.replace("-", "_")]
-            if "**" in values and default is not None:
-                assert f"**{default}**" in values, name
-            choices = next(row[2] for group in train.FLAGS.values() for row in group
-                           if row[0] == name)
-            if isinstance(choices, tuple):  # --select takes them from masking.SELECT
-                assert {word.strip("* ") for word in values.split(",")} == set(choices), name
+def test_the_flags_of_the_method_have_the_values_and_defaults_that_it_names():
+    rows = re.findall(r"^\| `--([a-z-]+)` \| (.*?) \|$", README, re.M)
+    assert len(rows) == 5
+    args = Namespace(**train.DEFAULTS)
+    train.settle(args)
+    for name, values in rows:
+        default = getattr(args, name.replace("-", "_"))
+        assert f"**{default}**" in values, name
+        choices = next(row[2] for group in train.FLAGS.values() for row in group if row[0] == name)
+        if isinstance(choices, tuple):
+            named = re.sub(r"\(.*?\)|: .*", "", values).split(",")
+            assert {word.strip("* ") for word in named} == set(choices), name
 
 
 def test_its_tree_is_the_folder():
@@ -96,13 +95,23 @@ def test_pages_are_narrow_and_have_no_gaps():
         assert not [line for line in text.splitlines() if len(line) > 120], page.name
 
 
-def test_your_own_strategy_works_as_it_says(monkeypatch):
-    code = re.search(r"```python\n# masking.py, after.*?\n(.*?)```", README, re.S)[1]
-    names = {"SELECT": dict(masking.SELECT)}
+def test_your_own_strategy_works_as_it_says():
+    code = re.search(r"```python\n# masking.py, at its end\n(.*?)```", README, re.S)[1]
+    names = dict(vars(masking))
     exec(code, names)
-    (name, rule), = set(names["SELECT"].items()) - set(masking.SELECT.items())
-    monkeypatch.setitem(masking.SELECT, name, rule)
-    H = torch.rand(5, T)
-    positions = masking.choose(rows_of(5), 4, table(H), name, 0, noise_of(5))
-    cut = H[:, 1:-1].quantile(0.9, dim=1, keepdim=True)
-    assert (H.gather(1, positions) <= cut).all() and (H.gather(1, positions) > 0.5).all()
+    pieces = ["▁a" if i % 3 == 0 else "b" for i in range(V)]
+    tokens, noise, k = rows_of(200), noise_of(200), 9
+    positions = masking.Strategy(None, names["word_starts"](pieces), names["whole_words"])(
+        tokens, k, noise)
+    assert positions.shape == (200, k)
+    cut_short = 0
+    for row, chosen in zip(tokens.tolist(), positions.tolist()):
+        words = []  # the places of each word
+        for place in range(1, T - 1):
+            if row[place] % 3 == 0 or not words:
+                words.append(set())
+            words[-1].add(place)
+        parts = [len(word & set(chosen)) / len(word) for word in words]
+        cut_short += sum(0 < part < 1 for part in parts)
+        assert sum(0 < part < 1 for part in parts) <= 1  # the last one, where k is reached
+    assert 0 < cut_short < 200
