@@ -87,7 +87,9 @@ def parallel_map(function, items, processes):
     context, pipes = multiprocessing.get_context("fork"), []
 
     def work(items, pipe):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # the parent is gone
+        for reading in pipes:  # the parent alone reads: when it is gone, a pipe breaks
+            reading.close()
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and that ends this process
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the parent
         gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
         for item in items:
@@ -95,8 +97,8 @@ def parallel_map(function, items, processes):
 
     for i in range(processes):
         reading, writing = context.Pipe(duplex=False)
+        pipes.append(reading)
         context.Process(target=work, args=(items[i::processes], writing), daemon=True).start()
         writing.close()
-        pipes.append(reading)
     for i in range(len(items)):
         yield pipes[i % processes].recv()

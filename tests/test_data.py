@@ -5,13 +5,16 @@ import gzip
 import io
 import json
 import lzma
+import multiprocessing.synchronize
 import os
 import random
 import signal
 import subprocess
 import sys
 import threading
+import time
 import unicodedata
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,7 +29,9 @@ from data.text import read_documents
 from data.tokenizer import (
     CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
 )
-from tests.helpers import ROOT, WORDS, packed_tar, packed_zip, write_corpus
+from tests.helpers import (
+    ROOT, WORDS, packed_tar, packed_zip, send, start, wait_for, write_corpus,
+)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +251,10 @@ def test_the_start_says_how_much_of_the_held_out_text_is_trained_on(tmp_path):
 # ---- the text of the first run
 
 
+def no_shared_memory(*_):
+    raise FileNotFoundError(2, "No such file or directory")  # as where there is no /dev/shm
+
+
 def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     prose = "This {} sentence is long enough to be taken for prose by all who read it here, I hope."
     for name in ("stdlib", "torch", "numpy"):
@@ -258,7 +267,7 @@ def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
     monkeypatch.setattr(docs.importlib.util, "find_spec", lambda name: SimpleNamespace(
         origin=str(tmp_path / name / "__init__.py")))
     words = ["x" * i for i in range(60)] + ["torch", "numpy"]  # no site-packages of the stdlib
-    monkeypatch.setattr("_multiprocessing.SemLock", None)  # as where there is no /dev/shm
+    monkeypatch.setattr(multiprocessing.synchronize._multiprocessing, "SemLock", no_shared_memory)
     for processes in (1, 3):
         (cache := tmp_path / f"cache{processes}").mkdir()
         path, = texts.find_files("docs", cache, processes)
@@ -266,6 +275,29 @@ def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
             " ".join(prose.format(word).split()) for word in words]
         path.write_text("kept")
         assert docs.extract_docs(cache, processes).read_text() == "kept"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
+def test_processes_that_read_end_with_a_parent_that_is_killed(tmp_path):
+    def read(item):
+        (tmp_path / str(os.getpid())).touch()
+        return bytes(9999)
+
+    def work():
+        for _ in docs.parallel_map(read, list(range(10_000)), 2):
+            time.sleep(1)  # so that the pipes are full
+
+    def is_running(pid):
+        stat = Path(f"/proc/{pid}/stat")
+        return stat.exists() and ") Z " not in stat.read_text()
+
+    parent = start(work)
+    wait_for(parent, lambda: len(list(tmp_path.iterdir())) == 2)
+    send(parent, signal.SIGKILL)
+    readers, end = [path.name for path in tmp_path.iterdir()], time.time() + 10
+    while any(map(is_running, readers)) and time.time() < end:
+        time.sleep(0.01)
+    assert len(readers) == 2 and not any(map(is_running, readers))
 
 
 # ---- tokens
