@@ -5,6 +5,7 @@ runs, jobs.
     python glue.py runs/random-* runs/self-* --seeds 2      # arms, paired by pretraining seed
     python glue.py runs/self-0 --tasks CoLA,RTE --glue-dir DIR   # your copy, official layout
     python glue.py runs/* --table                           # only print what is already scored
+    python glue.py runs/* --table --jsonl >> FILE           # every score, to keep it elsewhere
 
 A score is a function of the run, the recipe, the rows, the fine-tuning seed and the machine, and is
 kept in the run's glue.json as soon as it is there: a job that was stopped goes on where it was, and
@@ -35,7 +36,7 @@ from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import correct_rows, majority_class, measure
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
 from data.scores import (
-    RANDOM_WEIGHTS, Model, Pretraining, add_score, group_arms, machine_of, make_tables,
+    RANDOM_WEIGHTS, Model, Pretraining, add_score, commit, group_arms, machine_of, make_tables,
     read_scores, show_tables,
 )
 from data.tasks import TASKS, batches, encode_rows, read_task
@@ -80,6 +81,8 @@ FLAGS = {
          "folders without -SEED"),
         ("table", False, None, "only print what is already scored, each recipe in a table"),
         ("json", False, None, "print the tables for a program"),
+        ("jsonl", False, None, "print every score instead, a line of JSON with all that is kept of "
+         "it: so it is added to a file of data/results"),
     ],
 }
 RECIPE_NAMES = list(defaults({"": FLAGS["Recipe"]}))
@@ -386,7 +389,7 @@ def score(model, task, seed, rows, args, data, machine):
         "trained_on": len(train), "rows": [part.in_file for part in (train, *devs)],
         "official": [part.official for part in (train, *devs)],
         "shared": [dev.shared for dev in devs],
-        "seconds": round(time.perf_counter() - began, 1), **machine.record()}
+        "seconds": round(time.perf_counter() - began, 1), **machine.record(), "commit": commit()}
 
 
 def has_score(model, task, seed, *how):
@@ -460,7 +463,12 @@ def main():
     tables = make_tables(models, args.baseline)
     if not tables:
         raise UserError("nothing is scored yet: leave out --table")
-    print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
+    if args.jsonl:
+        for model in models:
+            for entry in model.scores:
+                print(json.dumps({"run": f"{model.arm}-{model.seed}", **entry}))
+    else:
+        print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ A score is in points: 100 times a metric, or the mean of a task's metrics.
 import json
 import math
 import statistics
-from collections import Counter
+import subprocess
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -29,11 +29,11 @@ ACCURACY = {task: f"{task} {'matched' if task == 'MNLI' else 'accuracy'}" for ta
 ENDPOINTS = {"primary": list(ACCURACY.values()), "GLUE (8)": AVERAGED}
 RATE_NAMES = {"lr", "embedding_lr"}  # of a recipe: random weights have their own
 MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-frac", "--static"}
-# Numbers depend on these. (The micro-batch decides which rows share a draw of dropout.)
-WHERE = ("machine", "device", "dtype", "torch", "micro_batch")
+SAME = ("device", "dtype", "torch")  # scores that do not share these are not compared
+WHERE = (*SAME, "machine")  # a score of another processor, which rounds differently, is another one
 # What pretraining must gain over random weights. A way of masking changes only a part of that: with
-# less there would be nothing to find.
-PAYS = {"points": 1.5, "errors": 3}
+# less there would be nothing to find. Two seeds say next to nothing of an error over seeds.
+PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
 PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context
 
 
@@ -107,6 +107,18 @@ def add_score(folder, entry):
     write_json(path, {"scores": [*entries, entry]})
 
 
+def commit():
+    """The commit of this checkout, with -dirty where files were changed since; "" without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists():
+        return ""
+    try:
+        return subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"],
+                              capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""
+
+
 def machine_of(*records):
     """What two scores, or all starts of two runs, must share to be compared."""
     return {key: "/".join(sorted({str(record.get(key)) for record in records})) for key in WHERE}
@@ -176,30 +188,53 @@ def make_row(models):
     return row
 
 
-def row_error(ours, theirs, tasks):
+def matched(a, b):
+    """The scores of two models of one seed that may be compared -> [(of a, of b)]: of one task and
+    fine-tuning seed, made with the same device, dtype and torch, as the models themselves were."""
+    if a.pretraining and b.pretraining and any(
+            a.pretraining.start[key] != b.pretraining.start[key] for key in SAME):
+        return []
+    of_b = {(e["task"], e["seed"]): e for e in b.scores}
+    pairs = [(e, of_b.get((e["task"], e["seed"]))) for e in a.scores]
+    return [(x, y) for x, y in pairs if y and all(x[key] == y[key] for key in SAME)]
+
+
+def partners(arms, ours, theirs):
+    """The models of two arms that share a seed -> [(ours, theirs)]."""
+    by_seed = {model.seed: model for model in arms[theirs]}
+    return [(model, by_seed[model.seed]) for model in arms[ours] if model.seed in by_seed]
+
+
+def row_error(pairs, tasks):
     """Standard error, over development rows, of the difference in the mean accuracy of `tasks`
-    between two groups of models, in points.
+    between the two sides of pairs of scores, in points.
 
     Both answer the same rows, many of which both get right, so what varies is the difference row by
     row, of shares over all seeds.
     """
-    def share_right(models, task):  # (rows,)
+    def share_right(entries, task):  # (rows,)
         return np.mean([np.array(list(e["correct"])) == "1"
-                        for m in models for e in m.scores if e["task"] == task], axis=0)
+                        for e in entries if e["task"] == task], axis=0)
 
+    ours, theirs = zip(*pairs)
     differences = [share_right(ours, task) - share_right(theirs, task) for task in tasks]
     return 100 * math.sqrt(sum(np.var(d) / len(d) for d in differences)) / len(tasks)
 
 
-def compare(arms, rows, ours, theirs, what):
-    """paired() for two arms; where it is an accuracy of large tasks, with the standard error over
-    rows, and the joint one: another sample of development rows would give another difference, and
-    so would one of pretraining seeds. sqrt(rows^2 + seeds^2)."""
-    result = paired(*(rows[arm]["scores"][what]["seeds"] for arm in (ours, theirs)))
+def compare(arms, ours, theirs, what):
+    """paired() for two arms, over the seeds that have matched scores of all that `what` takes;
+    where it is an accuracy of large tasks, with the standard error over rows, and the joint one:
+    another sample of development rows would give another difference, and so would one of
+    pretraining seeds. sqrt(rows^2 + seeds^2)."""
+    pairs = {a.seed: matched(a, b) for a, b in partners(arms, ours, theirs)}
+    sides = [{seed: measures([pair[i] for pair in of]) for seed, of in pairs.items()}
+             for i in (0, 1)]
+    result = paired(*({seed: values[what] for seed, values in side.items() if what in values}
+                      for side in sides))
     tasks = [task for task in PRIMARY if what in ("primary", ACCURACY[task])]
     if result and tasks:
-        groups = [[m for m in arms[arm] if m.seed in result["seeds"]] for arm in (ours, theirs)]
-        over_rows, over_seeds = row_error(*groups, tasks), result["seed_error"]
+        over_rows = row_error([pair for seed in result["seeds"] for pair in pairs[seed]], tasks)
+        over_seeds = result["seed_error"]
         result |= {"row_error": over_rows, "joint_error": None if over_seeds is None
                    else math.hypot(over_rows, over_seeds)}
     return result
@@ -222,10 +257,10 @@ def does_pretraining_pay(arms, rows, baseline):
     if len(both) < 2 or not all("primary" in row["scores"] for row in both):
         return {"pays": None, "why": f"it takes scores of {baseline} and of random weights on "
                                      f"{', '.join(PRIMARY)}"}
-    gain, *by_task = [compare(arms, rows, baseline, RANDOM_WEIGHTS, what)
+    gain, *by_task = [compare(arms, baseline, RANDOM_WEIGHTS, what)
                       for what in ("primary", *ACCURACY.values())]
-    if gain is None or gain["joint_error"] is None:
-        return {"pays": None, "why": "it takes two pretraining seeds"}
+    if gain is None or len(gain["seeds"]) < PAYS["seeds"]:
+        return {"pays": None, "why": f"it takes {PAYS['seeds']} pretraining seeds"}
     pays = (gain["difference"] >= PAYS["points"] and in_errors(gain) >= PAYS["errors"]
             and all(in_errors(c) >= -2 for c in by_task))
     return {"pays": pays, "gain": gain, "tasks": dict(zip(PRIMARY, by_task))}
@@ -252,15 +287,18 @@ def make_tables(models, baseline):
 
 def make_table(models, recipe, baseline):
     """Models of one shape and tokenizer -> the table of their scores by this recipe."""
-    models, notes = select_scores(models, recipe)
+    models = [replace(model, scores=select_scores(model, recipe)) for model in models]
+    refuse_other_rows(models)
     arms = group_arms([model for model in models if model.scores])
     rows = {arm: make_row(members) for arm, members in arms.items()}
-    examples = {e["task"]: e for model in models for e in model.scores}
+    notes = []
+    found = {e["task"]: e for model in models for e in model.scores}
+    examples = {task: found[task] for task in TASKS if task in found}
     base = rows.get(baseline)
     ends = [end for end in ENDPOINTS if base and end in base["scores"]] or examples
     for arm, row in rows.items():
         if base and row is not base:
-            row["against"] = {what: compare(arms, rows, arm, baseline, what) for what in ends
+            row["against"] = {what: compare(arms, arm, baseline, what) for what in ends
                               if what in row["scores"] and what in base["scores"]}
             notes += notes_on_pair(arm, baseline, arms)
     majority = Model("majority class", 0, None, "", None, None, scores=[
@@ -280,36 +318,29 @@ def make_table(models, recipe, baseline):
     }
 
 
-def select_scores(models, recipe):
-    """-> the models with the scores alone that may stand in one table, and notes on the others.
+def select_scores(model, recipe):
+    """The scores of a model by this recipe, of which random weights have their own rates (but for
+    --freeze). Of two of one task and fine-tuning seed: the later."""
+    if model.pretraining is None and not recipe.get("freeze"):
+        recipe = {name: value for name, value in recipe.items() if name not in RATE_NAMES}
+    return list({(e["task"], e["seed"]): e for e in model.scores
+                 if e["recipe"].items() >= recipe.items()}.values())
 
-    They are by this recipe (random weights have their own rates, but for --freeze), and of every
-    task on the same rows and with the fine-tuning seeds that all have. Of two that differ in the
-    machine: the later.
-    """
-    of_weights = {name: value for name, value in recipe.items()
-                  if recipe.get("freeze") or name not in RATE_NAMES}
-    notes, kept = [], [[] for _ in models]
-    for task in TASKS:
-        found = [{(e["data"], e["seed"]): e for e in m.scores if e["task"] == task
-                  and e["recipe"].items() >= (recipe if m.pretraining else of_weights).items()}
-                 for m in models]
-        rows = Counter(data for m, of in zip(models, found) if m.pretraining for data, _ in of)
-        if not rows:
-            continue
-        (common, _), *others = rows.most_common()
-        found = [{seed: e for (data, seed), e in of.items() if data == common} for of in found]
-        seeds = set.intersection(*(set(of) for of in found if of))
-        for of, scores in zip(found, kept):
-            scores += [of[seed] for seed in of if seed in seeds]
-        if others or any(of.keys() - seeds for of in found):
-            notes.append(f"{task}: left out are scores on other rows, or with fine-tuning seeds "
-                         "that not all models have")
-    return [replace(model, scores=scores) for model, scores in zip(models, kept)], notes
+
+def refuse_other_rows(models):
+    """UserError where two models were scored on other rows of a task."""
+    first = {}
+    for model in models:
+        for e in model.scores:
+            other, data = first.setdefault(e["task"], (model, e["data"]))
+            if data != e["data"]:
+                raise UserError(f"{e['task']}: {other.folder} and {model.folder} were scored on "
+                                "other rows: leave out --table, and all are scored on the same")
 
 
 def notes_on_pair(arm, baseline, arms):
-    """In which flags beside those of the masking two arms differ, and in which machines."""
+    """In which flags beside those of the masking two arms differ, and which of their scores are
+    not compared."""
     ours, theirs, notes = arms[arm], arms[baseline], []
     flags = set(differing(ours[0], theirs[0])) - MASKING_FLAGS
     if ours[0].pretraining and ours[0].pretraining.experiment["distill"] == "off":
@@ -317,18 +348,17 @@ def notes_on_pair(arm, baseline, arms):
     if flags:
         notes.append(f"{arm} and {baseline} differ in more than the masking: "
                      + ", ".join(sorted(flags)))
-    seeds = {}  # in what they differ -> where
-    for a, b in ((a, b) for a in ours for b in theirs if a.seed == b.seed):
-        pairs = {}
-        if a.pretraining and b.pretraining:
-            pairs["pretrained"] = a.pretraining.start, b.pretraining.start
-        pairs["fine-tuned"] = machine_of(*a.scores), machine_of(*b.scores)
-        for what, (x, y) in pairs.items():
-            for key in (key for key in WHERE if x.get(key) != y.get(key)):
-                text = f"{what} with another {key}: {x[key]}, {y[key]}"
-                seeds.setdefault(text, []).append(str(a.seed))
-    return notes + [f"{arm} and {baseline}, seed {', '.join(at)}, were {text}"
-                    for text, at in seeds.items()]
+    alone = []
+    for a, b in partners(arms, arm, baseline):
+        paired_off = [e for pair in matched(a, b) for e in pair]
+        common = {e["task"] for e in a.scores} & {e["task"] for e in b.scores}
+        tasks = {e["task"] for e in a.scores + b.scores if e not in paired_off} & common
+        if tasks:
+            alone.append(f"seed {a.seed} ({', '.join(t for t in TASKS if t in tasks)})")
+    if alone:
+        notes.append(f"{arm} and {baseline}: left out of the difference, for want of a partner of "
+                     f"the same fine-tuning seed, device, dtype and torch: {', '.join(alone)}")
+    return notes
 
 
 def notes_on_rows(examples):
@@ -346,8 +376,13 @@ def notes_on_rows(examples):
 
 
 def notes_on_runs(arms, rows):
-    """Which arms lack seeds, and which are on the plateau, where all strategies are alike."""
-    notes = []
+    """Which arms lack seeds; which are on the plateau, where all strategies are alike; and whether
+    all was made by one processor."""
+    notes, of_all = [], [m for members in arms.values() for m in members]
+    machines = {e["machine"] for m in of_all for e in m.scores} | {
+        m.pretraining.start["machine"] for m in of_all if m.pretraining}
+    if len(machines) > 1:
+        notes.append(f"not all was made by one processor: {', '.join(sorted(machines))}")
     for arm, members in arms.items():
         of = rows[arm]["scores"]
         short = [f"{task} {len(of[task]['seeds'])}" for task in TASKS

@@ -195,18 +195,47 @@ def test_what_else_two_arms_differ_in_is_named():
     assert table_of(models[1], baseline="random")["baseline"] is None
 
 
-def test_pairs_of_another_machine_are_named():
-    other = {**HERE, "dtype": "bfloat16", "torch": "3"}
-    models = [fake_run("random", 0, ALL), fake_run("random", 1, ALL, start=other),
-              fake_run("self", 0, ALL, start=other, masking="self"),
-              fake_run("self", 1, ALL, start=other, masking="self")]
-    assert table_of(*models)["notes"] == [
-        "self and random, seed 0, were pretrained with another dtype: bfloat16, float32",
-        "self and random, seed 0, were pretrained with another torch: 3, 2"]
-    models = [random_weights(0, ALL), fake_run("random", 0, ALL)]
-    models[0].scores[3]["device"] = "cuda"
-    assert table_of(*models)["notes"] == [
-        "random weights and random, seed 0, were fine-tuned with another device: cpu/cuda, cpu"]
+def test_a_difference_is_of_scores_of_one_device_dtype_and_torch():
+    """Compared score by score: the two arms below were made on the same two devices, so that their
+    scores, taken together, do not differ in any of these."""
+    here, other = HERE, {**HERE, "device": "cuda"}
+    tasks = {"RTE": 60.0, "CoLA": 10.0}
+    runs = [fake_run("random", s, {}, entries=[
+        entry("RTE", 60, **(other if s else here)), entry("CoLA", 10, **(here if s else other))])
+        for s in range(3)]
+    runs += [fake_run("self", s, {}, masking="self", entries=[
+        entry("RTE", 61 + s, **here), entry("CoLA", 12 + s, **other)]) for s in range(3)]
+    table = table_of(*runs)
+    against = row(table, "self")["against"]
+    assert against["RTE"]["seeds"] == against["CoLA"]["seeds"] == [0]
+    assert against["RTE"]["difference"] == 1 and against["CoLA"]["difference"] == 2
+    assert table["notes"] == [
+        "self and random: left out of the difference, for want of a partner of the same "
+        "fine-tuning seed, device, dtype and torch: seed 1 (CoLA, RTE), seed 2 (CoLA, RTE)"]
+    # Models that were pretrained in another number format, and scores by another torch.
+    for changes in (dict(start={**HERE, "dtype": "bfloat16"}),
+                    dict(entries=[entry(task, 60, torch="3") for task in tasks])):
+        table = table_of(fake_run("random", 0, tasks), fake_run("self", 0, tasks, masking="self",
+                                                                **changes))
+        assert row(table, "self")["against"] == {"RTE": None, "CoLA": None}
+        assert "seed 0 (CoLA, RTE)" in table["notes"][0] and len(table["notes"]) == 1
+    # A pair is of the fine-tuning seeds that both have.
+    one, two = fake_run("random", 0, {"RTE": 60.0}), fake_run("self", 0, {"RTE": 62.0})
+    two.scores.append(entry("RTE", 90.0, seed=1))
+    two.arm, table = "self", table_of(one, two)
+    assert row(table, "self")["against"]["RTE"]["difference"] == 2
+    assert row(table, "self")["scores"]["RTE"]["mean"] == 76
+    assert "seed 0 (RTE)" in table["notes"][0]
+
+
+def test_another_processor_is_only_a_note():
+    elsewhere = {**HERE, "machine": "another"}
+    base, score = fake_run("random", 0, {"RTE": 60.0}), entry("RTE", 61, **elsewhere)
+    table = table_of(base, fake_run("self", 0, {}, masking="self", entries=[score]))
+    assert row(table, "self")["against"]["RTE"]["difference"] == 1
+    assert table["notes"] == ["not all was made by one processor: another, cpu"]
+    table = table_of(base, fake_run("self", 0, {"RTE": 61.0}, masking="self", start=elsewhere))
+    assert table["notes"] == ["not all was made by one processor: another, cpu"]
 
 
 def test_a_table_is_of_one_shape_tokenizer_and_recipe():
@@ -236,21 +265,16 @@ def test_a_frozen_encoder_has_one_rate_for_runs_and_random_weights():
 
 
 def test_scores_that_are_missing_or_of_other_rows():
-    runs = [fake_run("random", 0, {"RTE": 60.0, "CoLA": 10.0}),
-            fake_run("self", 0, {"RTE": 62.0}, masking="self")]
-    runs[1].scores.append(entry("RTE", 90.0, seed=1))  # random has no such fine-tuning seed
-    table = table_of(*runs)
-    assert row(table, "self")["scores"]["RTE"]["mean"] == 62
-    assert "CoLA" not in row(table, "self")["scores"]
-    assert table["notes"] == ["RTE: left out are scores on other rows, or with fine-tuning seeds "
-                              "that not all models have"]
-    # A task's rows are those that most have; of two equal scores the later counts.
-    runs = [fake_run("random", s, {"RTE": 60.0}) for s in range(2)]
-    runs += [fake_run("self", 0, {}, entries=[entry("RTE", 99.0, data="others")], masking="self")]
-    runs[0].scores.append(entry("RTE", 64.0, dtype="bfloat16"))
-    table = table_of(*runs)
-    assert [r["name"] for r in table["rows"]] == ["majority class", "random"]
-    assert row(table, "random")["scores"]["RTE"]["seeds"] == {0: 64, 1: 60} and table["notes"]
+    table = table_of(fake_run("random", 0, {"RTE": 60.0, "CoLA": 10.0}),
+                     fake_run("self", 0, {"RTE": 62.0}, masking="self"))
+    assert "CoLA" not in row(table, "self")["scores"] and table["notes"] == []
+    # Of two scores by one recipe the later counts.
+    again = fake_run("random", 0, {"RTE": 60.0})
+    again.scores.append(entry("RTE", 64.0, data="others"))
+    assert row(table_of(again), "random")["scores"]["RTE"]["mean"] == 64
+    with pytest.raises(UserError, match="RTE: runs/random-0 and runs/self-0 were scored on "
+                       "other rows: leave out --table"):
+        table_of(again, fake_run("self", 0, {"RTE": 62.0}, masking="self"))
     # Fewer rows than the official files have, rows in both files, fewer seeds than the others.
     subset = entry("RTE", 60.0, rows=[2000, 277], trained_on=1000)
     shared = entry("CoLA", 60.0, shared=[16])
@@ -294,50 +318,49 @@ def answers(arm, seed, right, rng=None, n=400, **changes):
 
 
 def test_the_error_of_a_difference_is_over_the_rows_that_both_answer():
-    def models(*answers):
-        return [SimpleNamespace(scores=[{"task": "SST-2", "correct": c} for c in of])
-                for of in answers]
+    def pairs(*answers):
+        return [[{"task": "SST-2", "correct": c} for c in pair] for pair in answers]
 
     # Shares right of rows 0 to 3: 1, 1, 1/2, 0, and 1, 0, 0, 0. Differences 0, 1, 1/2, 0: mean 3/8,
-    # variance 5/4 / 4 - 9/64 = 11/64.
-    ours, theirs = models(["1110"], ["1100"]), models(["1000"])
-    assert S.row_error(ours, theirs, ["SST-2"]) == pytest.approx(100 * math.sqrt(11 / 64 / 4))
-    assert S.row_error(models(["1110", "1100"]), theirs, ["SST-2"]) == (
-        S.row_error(ours, theirs, ["SST-2"]))  # fine-tuning seeds count alike
+    # variance 5/4 / 4 - 9/64 = 11/64. Pretraining and fine-tuning seeds count alike.
+    two = pairs(("1110", "1000"), ("1100", "1000"))
+    assert S.row_error(two, ["SST-2"]) == pytest.approx(100 * math.sqrt(11 / 64 / 4))
     # The same answers: no error at all, where two samples would have one.
-    assert S.row_error(models(["1010"]), models(["1010"]), ["SST-2"]) == 0
+    assert S.row_error(pairs(("1010", "1010")), ["SST-2"]) == 0
 
 
 def test_the_verdict_by_hand():
-    # SST-2, QQP, MNLI, QNLI: 12 of 400 rows more in both seeds of random, 20 in the other.
-    models = [answers(S.RANDOM_WEIGHTS, s, 0.5) for s in range(2)]
-    models += [answers("random", 0, 0.53), answers("random", 1, 0.55)]
+    # SST-2, QQP, MNLI, QNLI: 12, 16 and 20 of 400 rows more in the three seeds of random.
+    models = [answers(S.RANDOM_WEIGHTS, s, 0.5) for s in range(3)]
+    models += [answers("random", s, share) for s, share in enumerate((0.53, 0.54, 0.55))]
     verdict = table_of(*models)["pretraining_pays"]
     gain = verdict["gain"]
-    assert gain["difference"] == pytest.approx(4) and gain["seed_error"] == pytest.approx(1)
-    # A task's rows: 12 differ by 1 and 8 by 1/2, of 400; four tasks of one weight.
-    variance = (12 + 8 / 4) / 400 - 0.04**2
+    assert gain["difference"] == pytest.approx(4)
+    assert gain["seed_error"] == pytest.approx(1 / math.sqrt(3))
+    # A task's rows: 12 differ by 1, 4 by 2/3 and 4 by 1/3, of 400; four tasks of one weight.
+    variance = (12 + 4 * 4 / 9 + 4 / 9) / 400 - 0.04**2
     assert gain["row_error"] == pytest.approx(100 * math.sqrt(variance / 400 / 4))
-    assert gain["joint_error"] == pytest.approx(math.hypot(gain["row_error"], 1))
+    assert gain["joint_error"] == pytest.approx(math.hypot(gain["row_error"], 1 / math.sqrt(3)))
     assert verdict["pays"] and verdict["tasks"]["QNLI"]["row_error"] == pytest.approx(
         100 * math.sqrt(variance / 400))
     text = S.show_verdict(table_of(*models))
-    assert "pay? Yes: random has +4.00 points" in text and "+3.6 joint errors" in text
-    assert "(rows 0.46, seeds 1.00, joint 1.10)" in text and "MNLI +4.0 (+3.0)" in text
+    assert "pay? Yes: random has +4.00 points" in text and "+5.4 joint errors" in text
+    assert "(rows 0.46, seeds 0.58, joint 0.74)" in text and "MNLI +4.0 (+3.7)" in text
     # A seed without a pair says nothing.
     assert table_of(*models, answers("random", 7, 0.9))["pretraining_pays"]["gain"] == gain
     # One task that is clearly worse spoils a large gain; one within two joint errors is none.
-    best = [answers("random", s, share) for s, share in enumerate((0.9, 0.91))]
-    assert table_of(*models[:2], *best)["pretraining_pays"]["pays"]
+    best = [answers("random", s, share) for s, share in enumerate((0.9, 0.9, 0.91))]
+    assert table_of(*models[:3], *best)["pretraining_pays"]["pays"]
     for model in best:
         model.scores[0] |= {"correct": "1" * 160 + "0" * 240, "parts": {"accuracy": 40.0}}
-    text = S.show_verdict(table_of(*models[:2], *best))
-    assert "pay? NO: random has +27.88 points" in text and "SST-2 -10.0 (-6.7)" in text
-    close = [answers("random", 0, 0.50), answers("random", 1, 0.53)]
-    text = S.show_verdict(table_of(*models[:2], *close))
-    assert "pay? NO: random has +1.50 points" in text
-    # One seed has no error over seeds.
-    assert "Not known: it takes two" in S.show_verdict(table_of(models[0], close[0]))
+    text = S.show_verdict(table_of(*models[:3], *best))
+    assert "pay? NO: random has +27.75 points" in text and "SST-2 -10.0 (-6.7)" in text
+    close = [answers("random", s, share) for s, share in enumerate((0.50, 0.52, 0.53))]
+    text = S.show_verdict(table_of(*models[:3], *close))
+    assert "pay? NO: random has +1.67 points" in text
+    # Two seeds say next to nothing about the error over seeds, and neither does a third on its own.
+    for two in (models[:2] + models[3:5], models[:3] + models[3:5]):
+        assert "Not known: it takes 3 pretraining seeds" in S.show_verdict(table_of(*two))
 
 
 def test_random_weights_against_themselves_do_not_pay_and_a_planted_gain_does():
