@@ -29,20 +29,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from train import EXPERIMENT, learning_rate, make_optimizer
+from data.arms import Model, group_arms, machine_of, read_run
 from data.files import UserError, lock_folder, progress, run_script, sha256_file, sha256_json
 from data.flags import check_ranges, defaults, flag_parser
 from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import correct_rows, majority_class, measure
-from data.runs import WITHOUT_CONTEXT, read_config, read_log
 from data.scores import (
-    RANDOM_WEIGHTS, Model, Pretraining, add_score, commit, group_arms, machine_of, make_tables,
-    read_scores, show_tables,
+    RANDOM_WEIGHTS, add_score, commit, make_tables, read_scores, show_tables,
 )
 from data.tasks import TASKS, batches, encode_rows, read_task
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, copy_token_type, load, read_model
+from train import learning_rate, make_optimizer
 
 # --------------------------------------------------------------------------------------------------
 # flags: name, default (None or 0: follows from others), what is allowed, help
@@ -271,31 +270,11 @@ def optimise(model, forward, lengths, labels, recipe, seed):
 
 
 def open_run(path):
-    """A finished run folder -> a Model. Its arm is the folder's name without a final -SEED."""
+    """A finished run folder -> its Model."""
     bert, tokenizer = load(path)
-    config, log = read_config(path), read_log(path)
-    try:
-        flags, seed = config["flags"], config["flags"]["seed"]
-        # A path says nothing: what is compared is the text, how much training is behind the teacher
-        # and the weights that were begun with, and that the budget is another run's.
-        stands_for = {
-            "corpus": config["corpus_sha256"], "flops_of": bool(flags["flops_of"]),
-            "teacher": flags["teacher"] and config["teacher_flops"],
-            "init_from": flags["init_from"] and log[0]["flops"]}
-        last = [line for line in log if "val_loss" in line][-1]
-        pretraining = Pretraining(
-            experiment={name: stands_for.get(name, flags.get(name)) for name in sorted(EXPERIMENT)},
-            start=machine_of(*config["starts"]),
-            tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
-            flops=config["flops"], teacher_flops=config["teacher_flops"],
-            seconds=last.get("seconds", 0.0),
-            margin=WITHOUT_CONTEXT * config["unigram_entropy"] - last["val_loss"])
-        arm = os.path.basename(os.path.abspath(path)).removesuffix(f"-{seed}")
-    except (LookupError, TypeError, ValueError):
-        raise UserError(f"{path}: config.json or log.jsonl is damaged, or of another version")
     shape = replace(bert.shape, dropout=0.0)  # that of pretraining is a flag, not a size
-    return Model(arm, seed, Path(path), sha256_file(Path(path) / "model.pt"), shape, tokenizer,
-                 pretraining)
+    return replace(read_run(path), sha256=sha256_file(Path(path) / "model.pt"), shape=shape,
+                   tokenizer=tokenizer)
 
 
 def open_runs(paths, skip):

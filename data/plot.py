@@ -1,19 +1,20 @@
 """Draw the learning curves of runs, or the differences between arms, as an SVG picture.
 
-    python -m data.plot runs/random-* runs/self-*              # held-out loss against tokens
+    python -m data.plot runs/random-* runs/self-*              # held-out loss, context gain
     python glue.py runs/* --table --json > scores.json
     python -m data.plot scores.json --out differences.svg      # gains with their 95 % intervals
 
-Runs of one arm (the folder's name without its final -SEED) are one line, their mean, over a thin
-line for each. The picture follows the reader's light or dark setting and needs no other file.
+Runs of one arm (data/arms.py) are one line, their mean, over a thin line for each; runs that were
+evaluated at different steps have no mean. The picture follows the reader's light or dark setting
+and needs no other file.
 """
 
 import json
 import math
-import re
 from html import escape
 from pathlib import Path
 
+from data.arms import group_arms, read_run
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
@@ -81,36 +82,57 @@ def apart(heights, last, gap=LINE):
 
 
 def curves(runs):
-    """Run folders -> {arm: [[(tokens, held-out loss in nats)] for each run]} and {name: height} of
-    the lines to compare with. UserError where losses cannot be compared."""
-    arms, tokenizers, unigram = {}, set(), set()
-    for run in map(Path, runs):
-        config = read_config(run)
-        points = [(entry["tokens"], entry["val_loss"]) for entry in read_log(run)
-                  if "val_loss" in entry]
-        if len(points) < 2:
-            raise UserError(f"{run} has no two evaluations yet, so no curve: train it further")
-        arms.setdefault(re.sub(r"-\d+$", "", run.resolve().name), []).append(points)
-        tokenizers.add(config["tokenizer_sha256"])
-        unigram.add(round(config["unigram_entropy"], 2))
+    """Run folders -> {arm: [[(tokens, held-out loss in nats)] for each run]}; {name: height} of the
+    lines to compare with; the context gains of those runs that have them, like the losses.
+    UserError where losses cannot be compared."""
+    losses, gains, tokenizers, unigram = {}, {}, set(), set()
+    for arm, models in group_arms(map(read_run, runs)).items():
+        for run in (model.folder for model in models):
+            log = [line for line in read_log(run) if "val_loss" in line]
+            if len(log) < 2:
+                raise UserError(f"{run} has no two evaluations yet, so no curve: train it further")
+            losses.setdefault(arm, []).append([(line["tokens"], line["val_loss"]) for line in log])
+            gain = [(line["tokens"], line["context_gain"]) for line in log
+                    if line.get("context_gain") is not None]
+            if gain:
+                gains.setdefault(arm, []).append(gain)
+            config = read_config(run)
+            tokenizers.add(config["tokenizer_sha256"])
+            unigram.add(round(config["unigram_entropy"], 2))
     if len(tokenizers) > 1:
         raise UserError("these runs have different tokenizers: their losses, in nats per token, "
                         "cannot be compared")
     H, *others = unigram
     levels = {"plateau: no context used": WITHOUT_CONTEXT * H, "unigram entropy": H}
-    return arms, {} if others else levels
+    return losses, {} if others else levels, gains
 
 
 def mean_curve(runs):
-    """[[(x, y)] for each run] -> [(x, mean y)] at those x that all of them have."""
-    runs = [dict(points) for points in runs]
-    shared = sorted(set(runs[0]).intersection(*runs))
-    return [(x, sum(run[x] for run in runs) / len(runs)) for x in shared]
+    """[[(x, y)] for each run] -> [(x, mean y)] where all of them are; [] where they were not
+    evaluated at the same x."""
+    first, last = max(run[0][0] for run in runs), min(run[-1][0] for run in runs)
+    common = [[(x, y) for x, y in run if first <= x <= last] for run in runs]
+    if len({tuple(x for x, _ in run) for run in common}) > 1:
+        return []
+    return [(of[0][0], sum(y for _, y in of) / len(runs)) for of in zip(*common)]
 
 
 def draw_curves(arms, levels, title="held-out loss (nats)", label="training tokens (millions)",
-                unit=1e6):
-    """{arm: [[(x, y)] for each run]}, {name: y of a level} -> the text of an SVG file."""
+                unit=1e6, gains=()):
+    """{arm: [[(x, y)] for each run]}, {name: y of a level} -> the text of an SVG file. `gains`, a
+    dict like `arms`, is drawn below."""
+    names = list(arms)
+    body = panel(arms, levels, title, label, unit, names)
+    if gains:
+        below = panel(gains, {}, "context gain (nats): how much worse without the rest of the row",
+                      label, unit, names, "below")
+        body += [f'<g transform="translate(0 {HEIGHT})">', *below, "</g>"]
+    return svg(body, WIDTH, HEIGHT * (2 if gains else 1))
+
+
+def panel(arms, levels, title, label, unit, names, inside="inside"):
+    """-> the elements of one diagram. The place of an arm in `names` gives its colour; `inside` is
+    the name of the area that lines are clipped at."""
     means = {arm: mean_curve(runs) for arm, runs in arms.items()}
     points = [point for runs in arms.values() for run in runs for point in run]
     first, last = min(x for x, _ in points), max(x for x, _ in points)
@@ -118,9 +140,10 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
     # What a model of random weights begins with (ln V) would press all else together.
     high = min(max(y for _, y in points), max(levels.values(), default=math.inf) + 0.5)
     low, high = low - 0.04 * (high - low), high + 0.04 * (high - low) + 1e-6
-    css = {arm: f"arm{i % ARM_COLOURS}" for i, arm in enumerate(arms)}
+    css = {arm: f"arm{i % ARM_COLOURS}" for i, arm in enumerate(names)}
     labels = [(f"{name} {y:.2f}", y, "soft") for name, y in levels.items()]
-    labels += [(f"{arm} {mean[-1][1]:.2f}", mean[-1][1], css[arm]) for arm, mean in means.items()]
+    labels += [(f"{arm} {mean[-1][1]:.2f}", mean[-1][1], css[arm]) if mean else
+               (f"{arm}: no mean", arms[arm][0][-1][1], css[arm]) for arm, mean in means.items()]
     left, right = 48, WIDTH - 20 - LETTER * max(len(words) for words, *_ in labels)
     bottom = HEIGHT - 44
 
@@ -128,7 +151,7 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
         return (left + (x - first) / (last - first or 1) * (right - left),
                 TOP + (high - y) / (high - low) * (bottom - TOP))
 
-    body = [f'<clipPath id="inside"><rect x="{left}" y="{TOP}" width="{right - left}" '
+    body = [f'<clipPath id="{inside}"><rect x="{left}" y="{TOP}" width="{right - left}" '
             f'height="{bottom - TOP}"/></clipPath>',
             text(left, 20, title), text((left + right) / 2, HEIGHT - 12, label, "soft", "middle")]
     for y in ticks(low, high):
@@ -139,18 +162,18 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
     for y, opacity in zip(levels.values(), (1, 0.5)):
         body.append(line([at(first, y), at(last, y)], "soft", 1.5,
                          f'stroke-dasharray="5 4" opacity="{opacity}"'))
-    for i, (arm, runs) in enumerate(arms.items()):
-        inside = 'clip-path="url(#inside)"'
-        if len(runs) > 1 and len(arms) <= ARM_COLOURS // 2:  # more would be a tangle
-            body += [line([at(*point) for point in run], css[arm], 1, 'opacity="0.35" ' + inside)
+    for arm, runs in arms.items():
+        style = f'clip-path="url(#{inside})"'
+        if not means[arm] or len(runs) > 1 and len(arms) <= ARM_COLOURS // 2:  # more: a tangle
+            body += [line([at(*point) for point in run], css[arm], 1, 'opacity="0.35" ' + style)
                      for run in runs]
-        if i >= ARM_COLOURS:  # a colour that is there already
-            inside += ' stroke-dasharray="7 3"'
-        body.append(line([at(*point) for point in means[arm]], css[arm], 2.2, inside))
+        if names.index(arm) >= ARM_COLOURS:  # a colour that is there already
+            style += ' stroke-dasharray="7 3"'
+        if means[arm]:
+            body.append(line([at(*point) for point in means[arm]], css[arm], 2.2, style))
     heights = apart([at(first, y)[1] for _, y, _ in labels], bottom)
-    body += [text(right + 8, height, words, colour)
-             for (words, _, colour), height in zip(labels, heights)]
-    return svg(body, WIDTH, HEIGHT)
+    return body + [text(right + 8, height, words, colour)
+                   for (words, _, colour), height in zip(labels, heights)]
 
 
 # --------------------------------------------------------------------------------------------------
@@ -216,6 +239,8 @@ def main():
     parser.add_argument("--out", default="plot.svg", help="the picture (default plot.svg)")
     args = parser.parse_args()
     out = Path(args.out).expanduser()
+    if out.suffix != ".svg":
+        raise UserError(f"--out {args.out}: the picture is SVG: give a name that ends in .svg")
     if out.exists() and not (out.is_file() and MARK.encode() in out.read_bytes()[:300]):
         raise UserError(f"{out} exists and is not a picture of this program: name another --out")
     if len(args.inputs) == 1 and Path(args.inputs[0]).is_file():
@@ -227,7 +252,8 @@ def main():
             raise UserError(f"{args.inputs[0]} has no differences: it takes two arms with pairs")
         picture = draw_differences(groups)
     else:
-        picture = draw_curves(*curves(args.inputs))
+        losses, levels, gains = curves(args.inputs)
+        picture = draw_curves(losses, levels, gains=gains)
     write_atomic(out, picture.encode())
     print(f"{out}: open it in a browser")
 

@@ -1,9 +1,8 @@
-"""Scores of models -> tables in which arms are compared seed by seed.
+"""Scores of models -> tables in which arms (data/arms.py) are compared seed by seed.
 
-An arm is a name: runs/self-high-0 and runs/self-high-1 are runs of the arm self-high, which must
-agree in every flag of the experiment. Two arms are paired by pretraining seed: runs of one seed
-share initial weights, order of the text and fine-tuning seeds. Random weights are an arm like every
-other, of what the runs were before their first update.
+Two arms are paired by pretraining seed: runs of one seed share initial weights, order of the text
+and fine-tuning seeds. Random weights are an arm like every other, of what the runs were before
+their first update.
 
 A score is in points: 100 times a metric, or the mean of a task's metrics.
 """
@@ -12,11 +11,12 @@ import json
 import math
 import statistics
 import subprocess
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from data.arms import SAME, Model, differing, group_arms
 from data.confidence import paired
 from data.files import UserError, read_json, write_json
 from data.runs import WITHOUT_CONTEXT
@@ -29,39 +29,10 @@ ACCURACY = {task: f"{task} {'matched' if task == 'MNLI' else 'accuracy'}" for ta
 ENDPOINTS = {"primary": list(ACCURACY.values()), "GLUE (8)": AVERAGED}
 RATE_NAMES = {"lr", "embedding_lr"}  # of a recipe: random weights have their own
 MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-frac", "--static"}
-SAME = ("device", "dtype", "torch")  # scores that do not share these are not compared
-WHERE = (*SAME, "machine")  # a score of another processor, which rounds differently, is another one
 # What pretraining must gain over random weights. A way of masking changes only a part of that: with
 # less there would be nothing to find. Two seeds say next to nothing of an error over seeds.
 PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
 PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context
-
-
-@dataclass
-class Pretraining:
-    """How a run was made, as far as a table tells it."""
-
-    experiment: dict  # flag -> value; of a path what it stands for, see open_run of glue.py
-    start: dict  # what WHERE names, of all its starts: machine_of
-    tokens: int
-    flops: int
-    teacher_flops: int  # of the training of its teacher
-    seconds: float
-    margin: float  # nats by which its held-out loss is below what needs no context
-
-
-@dataclass
-class Model:
-    """Weights to fine-tune: of a finished run, or random (then `pretraining` is None)."""
-
-    arm: str
-    seed: int  # of pretraining
-    folder: Path  # glue.json is here
-    sha256: str  # of the weights: a score belongs to them
-    shape: object
-    tokenizer: object
-    pretraining: Pretraining | None = None
-    scores: list = field(default_factory=list)  # entries of glue.json that a table shall show
 
 
 # --------------------------------------------------------------------------------------------------
@@ -119,39 +90,8 @@ def commit():
         return ""
 
 
-def machine_of(*records):
-    """What two scores, or all starts of two runs, must share to be compared."""
-    return {key: "/".join(sorted({str(record.get(key)) for record in records})) for key in WHERE}
-
-
 # --------------------------------------------------------------------------------------------------
-# arms
-
-
-def group_arms(models):
-    """-> {arm: [its models]}. UserError where two have one seed, or differ in the experiment."""
-    arms = {}
-    for model in models:
-        for other in arms.setdefault(model.arm, []):
-            both, new_name = f"{other.folder} and {model.folder}", f"{model.arm}-b-{model.seed}"
-            if other.seed == model.seed:
-                raise UserError(f"{both} are both the arm {model.arm} with seed {model.seed}: give "
-                                f"one of them, or rename one, for example {new_name}")
-            for flag, (a, b) in differing(other, model).items():
-                raise UserError(
-                    f"{both} are by their names one arm, {model.arm}, but differ in {flag} "
-                    f"({str(a)[:40]}, {str(b)[:40]}): rename the runs of one kind, for example "
-                    f"{new_name}")
-        arms[model.arm].append(model)
-    return arms
-
-
-def differing(model, other):
-    """The flags of the experiment in which two runs differ -> {flag: (one value, the other)}."""
-    if model.pretraining is None or other.pretraining is None:
-        return {}
-    a, b = model.pretraining.experiment, other.pretraining.experiment
-    return {"--" + name.replace("_", "-"): (a[name], b[name]) for name in a if a[name] != b[name]}
+# differences
 
 
 def measures(entries):

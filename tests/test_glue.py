@@ -23,9 +23,9 @@ import train
 import torch.nn.functional as F
 
 import glue
+from data.arms import WHERE
 from data.files import UserError, lock_folder, read_json
 from data.metrics import measure
-from data.scores import WHERE
 from data.tasks import TASKS
 from data.tokenizer import Tokenizer, train_tokenizer
 from model import Bert, Shape, copy_token_type
@@ -432,8 +432,14 @@ def test_what_a_table_is_told_of_a_run(folder, tmp_path):
     assert not {"seed", "out", "device", "log_every", "cache"} & set(made.experiment)
     make_run(tmp_path / "other", tokenizer, 8, init_from="some/where")
     assert glue.open_run(tmp_path / "other").arm == "other"
-    (tmp_path / "other" / "log.jsonl").write_text('{"step": 0}\n')
-    with pytest.raises(UserError, match="log.jsonl is damaged, or of another version"):
+    log = tmp_path / "other" / "log.jsonl"
+    for lines, message in (('{"step": 0}\n', "other/log.jsonl has no evaluation yet"),
+                           ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version")):
+        log.write_text(lines)
+        with pytest.raises(UserError, match=message):
+            glue.open_run(tmp_path / "other")
+    log.unlink()
+    with pytest.raises(UserError, match="other has no log.jsonl: a run is its whole folder"):
         glue.open_run(tmp_path / "other")
 
 

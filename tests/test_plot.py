@@ -7,6 +7,7 @@ import pytest
 
 from data import plot
 from data.files import UserError
+from train import DEFAULTS
 from tests.helpers import write_config
 
 TABLE = {"title": "2 layers", "baseline": "random", "rows": [
@@ -28,32 +29,66 @@ def points_of(line):
     return [tuple(map(float, point.split(","))) for point in line.get("points").split()]
 
 
-def make_run(folder, losses, tokenizer="t", entropy=6.0):
-    write_config(folder, {}, tokenizer, entropy)
+def make_run(folder, losses, tokenizer="t", entropy=6.0, gains=(), **flags):
+    """A run that was evaluated every 1000 tokens, but where its loss is None."""
+    write_config(folder, {**DEFAULTS, "seed": int(folder.name.rpartition("-")[2]), **flags},
+                 tokenizer, entropy)
     lines = [{"step": i, "tokens": 1000 * i, "val_loss": loss} if loss else
              {"step": i, "tokens": 1000 * i, "train_loss": 9.0} for i, loss in enumerate(losses)]
+    for line, gain in zip(lines, gains):
+        line["context_gain"] = gain
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
 
 def test_runs_of_one_arm_are_a_mean_over_their_lines(tmp_path):
     runs = [make_run(tmp_path / "self-high-0", [9.0, None, 5.0, 4.0]),
-            make_run(tmp_path / "self-high-12", [8.0, 5.5, 4.0]),
-            make_run(tmp_path / "random", [9.0, 6.0, 4.5])]
-    arms, levels = plot.curves(runs)
+            make_run(tmp_path / "self-high-12", [8.0, None, 4.0]),
+            make_run(tmp_path / "random-1", [9.0, 6.0, 4.5])]
+    arms, levels, gains = plot.curves(runs)
     assert levels == {"plateau: no context used": pytest.approx(5.4), "unigram entropy": 6.0}
-    assert arms["random"] == [[(0, 9.0), (1000, 6.0), (2000, 4.5)]]
+    assert arms["random"] == [[(0, 9.0), (1000, 6.0), (2000, 4.5)]] and not gains
     assert plot.mean_curve(arms["self-high"]) == [(0, 8.5), (2000, 4.5)]
     picture = plot.draw_curves(arms, levels, unit=1e3)
     thin, mean = elements(picture, "polyline", "arm0")[:2], elements(picture, "polyline", "arm0")[2]
     assert len(elements(picture, "polyline", "arm0")) == 3 and all(e.get("opacity") for e in thin)
     assert len(elements(picture, "polyline", "arm1")) == 1  # one run: no thin line below it
     (x0, y0), (x1, y1) = points_of(mean)
-    assert points_of(thin[0])[1] == pytest.approx((x1, points_of(thin[0])[1][1]))
+    assert points_of(thin[1])[1] == pytest.approx((x1, points_of(thin[1])[1][1]))
     (_, plateau), _ = points_of(elements(picture, "polyline", "soft")[0])
     assert (y0 - plateau) / (y1 - plateau) == pytest.approx((8.5 - 5.4) / (4.5 - 5.4), abs=0.01)
     labels = [e.text for e in elements(picture, "text")]
     assert {"self-high 4.50", "random 4.50", "unigram entropy 6.00", "0", "2"} <= set(labels)
+
+
+def test_runs_that_were_evaluated_at_different_steps_have_no_mean(tmp_path):
+    runs = [make_run(tmp_path / "self-0", [9.0, None, 5.0, None, 4.0]),
+            make_run(tmp_path / "self-1", [9.0, 6.0, 5.0, 4.5, 3.0])]
+    arms, levels, _ = plot.curves(runs)
+    assert plot.mean_curve(arms["self"]) == []
+    picture = plot.draw_curves(arms, levels)
+    assert len(elements(picture, "polyline", "arm0")) == 2
+    assert "self: no mean" in [e.text for e in elements(picture, "text")]
+    # Where both are, on one grid, is enough: a run that is not through, or begins later.
+    assert plot.mean_curve([[(0, 1.0), (5, 2.0), (10, 3.0)], [(5, 4.0), (10, 5.0), (15, 6.0)]]) == [
+        (5, 3.0), (10, 4.0)]
+
+
+def test_the_context_gain_is_drawn_below(tmp_path):
+    runs = [make_run(tmp_path / "old-0", [9.0, 5.0, 4.0]),
+            make_run(tmp_path / "new-0", [9.0, 5.0, 4.0], gains=(0.0, 0.25, 1.0)),
+            make_run(tmp_path / "new-1", [9.0, 5.0, 4.0], gains=(0.0, 0.75, 2.0))]
+    arms, levels, gains = plot.curves(runs)
+    assert list(arms) == ["old", "new"] and list(gains) == ["new"]
+    picture = plot.draw_curves(arms, levels, gains=gains)
+    labels = [e.text for e in elements(picture, "text")]
+    assert "new 1.50" in labels and any("context gain" in words for words in labels)
+    below, = elements(picture, "}g")
+    *_, mean = [e for e in below if e.get("class") == "arm1"  # its colour above, too
+                and e.tag.endswith("polyline")]
+    (_, zero), (_, half), (_, last) = points_of(mean)
+    assert (zero - last) / (zero - half) == pytest.approx(1.5 / 0.5, abs=0.02)
+    assert not elements(plot.draw_curves(arms, levels), "}g")
 
 
 def test_losses_that_cannot_be_compared_are_not_drawn(tmp_path):
@@ -63,6 +98,20 @@ def test_losses_that_cannot_be_compared_are_not_drawn(tmp_path):
     assert plot.curves([first, make_run(tmp_path / "c-0", [9.0, 5.0], entropy=6.2)])[1] == {}
     with pytest.raises(UserError, match="no two evaluations"):
         plot.curves([first, make_run(tmp_path / "d-0", [9.0, None])])
+
+
+def test_an_arm_is_what_it_is_for_glue(tmp_path):
+    first = make_run(tmp_path / "random-0", [9.0, 5.0])
+    # By a number that is not its seed no run belongs to an arm.
+    rates = [make_run(tmp_path / name, [9.0, 5.0], seed=0) for name in ("rate-15", "rate-30")]
+    assert list(plot.curves([first, *rates])[0]) == ["random", "rate-15", "rate-30"]
+    with pytest.raises(UserError, match="by their names one arm, random, but differ in --lr"):
+        plot.curves([first, make_run(tmp_path / "random-1", [9.0, 5.0], lr=0.1)])
+    with pytest.raises(UserError, match="are both the arm random with seed 0"):
+        plot.curves([first, make_run(tmp_path / "b" / "random-0", [9.0, 5.0])])
+    (first / "log.jsonl").unlink()
+    with pytest.raises(UserError, match="random-0 has no log.jsonl"):
+        plot.curves([first])
 
 
 def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
@@ -91,7 +140,8 @@ def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, 
     scores, picture = tmp_path / "scores.json", tmp_path / "picture.svg"
     scores.write_text(json.dumps([TABLE]))
     (tmp_path / "logo.svg").write_text("<svg></svg>")
-    for target in (picture, picture, scores, tmp_path, tmp_path / "logo.svg"):
+    (tmp_path / "folder.svg").mkdir()
+    for target in (picture, picture, tmp_path / "folder.svg", tmp_path / "logo.svg"):
         monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
         if target == picture:  # its own picture may be drawn anew
             plot.main()
@@ -101,6 +151,11 @@ def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, 
                 plot.main()
             assert json.loads(scores.read_text()) == [TABLE]
     assert (tmp_path / "logo.svg").read_text() == "<svg></svg>"
+    for target in (scores, tmp_path / "picture.png", tmp_path / "picture"):
+        monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
+        with pytest.raises(UserError, match="give a name that ends in .svg"):
+            plot.main()
+    assert json.loads(scores.read_text()) == [TABLE] and not (tmp_path / "picture.png").exists()
 
 
 @pytest.mark.parametrize("content, message", [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data import scores as S
+from data.arms import Model, Pretraining, group_arms
 from data.confidence import paired, sign_flip, t_quantile, t_test_p
 from data.files import UserError, write_json
 from data.tasks import PRIMARY, TASKS
@@ -100,14 +101,14 @@ def entry(task, score, seed=0, recipe=None, data="d", correct="", **changes):
 def fake_run(arm, seed, scores, start=HERE, shape=Shape(600), entries=(), margin=1.0, flops=100,
              **experiment):
     """A run with {task: score}, or with these entries."""
-    made = S.Pretraining({**EXPERIMENT, **experiment}, start, 1000, flops, 0, 10.0, margin)
+    made = Pretraining({**EXPERIMENT, **experiment}, start, 1000, flops, 0, 10.0, margin)
     entries = list(entries) or [entry(task, score) for task, score in scores.items()]
-    return S.Model(arm, seed, Path(f"runs/{arm}-{seed}"), "m", shape, TOKENIZER, made, entries)
+    return Model(arm, seed, Path(f"runs/{arm}-{seed}"), "m", shape, TOKENIZER, made, entries)
 
 
 def random_weights(seed, scores, entries=(), shape=Shape(600), recipe=None):
     entries = list(entries) or [entry(task, score, recipe=recipe) for task, score in scores.items()]
-    return S.Model(S.RANDOM_WEIGHTS, seed, Path("cache"), "", shape, TOKENIZER, None, entries)
+    return Model(S.RANDOM_WEIGHTS, seed, Path("cache"), "", shape, TOKENIZER, None, entries)
 
 
 def table_of(*models, baseline="random"):
@@ -172,12 +173,12 @@ def test_without_the_endpoints_each_task_is_compared():
 
 def test_an_arm_is_a_name_and_its_runs_must_agree():
     runs = [fake_run("self", 0, ALL), fake_run("self", 1, ALL), fake_run("self-b", 0, ALL, lr=0.1)]
-    assert {arm: len(of) for arm, of in S.group_arms(runs).items()} == {"self": 2, "self-b": 1}
+    assert {arm: len(of) for arm, of in group_arms(runs).items()} == {"self": 2, "self-b": 1}
     with pytest.raises(UserError, match="runs/self-0 and runs/self-1 are by their names one arm, "
                        r"self, but differ in --mask-rate \(0.15, 0.3\).*self-b-1"):
-        S.group_arms([runs[0], fake_run("self", 1, ALL, mask_rate=0.3)])
+        group_arms([runs[0], fake_run("self", 1, ALL, mask_rate=0.3)])
     with pytest.raises(UserError, match="are both the arm self with seed 0.* self-b-0"):
-        S.group_arms([*runs, fake_run("self", 0, ALL)])
+        group_arms([*runs, fake_run("self", 0, ALL)])
 
 
 def test_what_else_two_arms_differ_in_is_named():
