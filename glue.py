@@ -67,7 +67,8 @@ FLAGS = {
         ("dropout", 0.0, "from 0 to below 1", "in the encoder and on the sentence vector, "
          "whatever pretraining had"),
         ("clip", 1.0, "above 0", "largest norm of the gradient"),
-        ("max-len", 128, "from 16 to 65536", "tokens in a row; of a pair the longer is cut"),
+        ("max-len", 128, "from 16 to 65536", "tokens in a row, and no more than the model reads; "
+         "of a pair the longer is cut"),
         ("max-train", 20_000, "0 or more", "only so many training rows a task, always the same; "
          "0: all"),
         ("pool-output", "pair", ("pair", "mean", "cls"), "sentence vector: the mean over the "
@@ -78,7 +79,8 @@ FLAGS = {
     "Table": [
         ("baseline", "random", None, "the arm that others are compared with: the name of its run "
          "folders without -SEED"),
-        ("table", False, None, "only print what is already scored, each recipe in a table"),
+        ("table", False, None, "only print what is already scored, each recipe in a table, by the "
+         "flags that are given; no data are read"),
         ("json", False, None, "print the tables for a program"),
         ("jsonl", False, None, "print every score instead, a line of JSON with all that is kept of "
          "it: so it is added to a file of data/results"),
@@ -116,6 +118,8 @@ def parse_args(argv=None):
     args.tasks = [task for task in TASKS if task in {names[name.lower()] for name in asked}]
     if args.freeze and args.embedding_lr:
         raise UserError("--freeze trains the last layer alone: leave out --embedding-lr")
+    if args.json and args.jsonl:
+        raise UserError("give --json or --jsonl, not both")
     if not args.runs:
         raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
     args.runs = list(dict.fromkeys(os.path.normpath(os.path.expanduser(run)) for run in args.runs))
@@ -124,7 +128,8 @@ def parse_args(argv=None):
 
 def recipe_of(model, args):
     """The recipe for this model, as it is kept with its scores. --lr and --embedding-lr are for
-    runs: random weights keep their own rates. With --freeze there is one rate for both."""
+    runs: random weights keep their own rates. With --freeze there is one rate for both. No row is
+    longer than the model reads."""
     usual, embeddings = RATES[model.pretraining is None, model.shape.width >= 256]
     lr = args.lr if args.lr and model.pretraining else usual
     # The ratio of the two stays. Rounded: a tenth of 6e-4 is to be shown as 6e-05.
@@ -134,7 +139,8 @@ def recipe_of(model, args):
     if args.freeze:
         lr = embedding_lr = args.lr or FROZEN_RATE
     return {name: getattr(args, name) for name in RECIPE_NAMES} | {
-        "lr": lr, "embedding_lr": embedding_lr}
+        "lr": lr, "embedding_lr": embedding_lr,
+        "max_len": min(args.max_len, model.shape.seq_len)}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -317,14 +323,19 @@ def build(model, dropout):
 
 
 def encode(model, task, data, max_len, threads):
-    """-> [training rows, rows of each development file], encoded for this model. One row is shown:
-    the cheapest way to see a wrong label or tokenizer."""
+    """-> [training rows, rows of each development file], encoded for this model. One row is shown,
+    the cheapest way to see a wrong label or tokenizer, and what is cut is said."""
     train, devs, _ = data
-    rows = [encode_rows(model.tokenizer, part.sentences, max_len, threads)
-            for part in (train, *devs)]
+    rows, uncut = zip(*(encode_rows(model.tokenizer, part.sentences, max_len, threads)
+                        for part in (train, *devs)))
     pieces = "".join(model.tokenizer.pieces[i] for i in rows[0][0][0])
     print(f"{task}: {len(train)} of {train.in_file} training rows, for example {pieces[:150]} -> "
           f"{train.labels[0]}")
+    lengths = np.concatenate(uncut)
+    if (lengths > max_len).any():
+        lost = (lengths - max_len).clip(0).sum() / lengths.sum()
+        print(f"{task}: {(lengths > max_len).mean():.1%} of the rows are cut at {max_len} tokens, "
+              f"which loses {lost:.1%} of all tokens")
     return rows
 
 
@@ -386,7 +397,7 @@ def work(models, args):
             for model in models if not has_score(model, task, seed, *how)]
 
     def encoding(model, task):  # the same for all models that share a tokenizer and a length
-        return task, model.tokenizer.sha256, min(args.max_len, model.shape.seq_len)
+        return task, model.tokenizer.sha256, recipe_of(model, args)["max_len"]
 
     rows = {}
     for model, task, _ in jobs:
@@ -407,13 +418,17 @@ def work(models, args):
 
 
 def look_up(models, args, given):
-    """Give each model all scores that are there, or those of the recipe flags that are given."""
+    """Give each model all scores that are there; of these only those of the recipe's flags, the
+    seeds, device and number format that are given."""
+    place = {name: getattr(args, name) for name in ("device", "dtype")
+             if getattr(args, name) != "auto"}
     for model in models:
         recipe = recipe_of(model, args)
+        asked = {name: recipe[name] for name in given.intersection(RECIPE_NAMES)}
         model.scores = [e for e in read_scores(model.folder, model.sha256)
-                        if e["task"] in args.tasks and all(
-                            e["recipe"].get(name) == recipe[name]
-                            for name in given.intersection(RECIPE_NAMES))]
+                        if e["task"] in args.tasks and asked.items() <= e["recipe"].items()
+                        and place.items() <= e.items()
+                        and ("seeds" not in given or e["seed"] < args.seeds)]
 
 
 def main():

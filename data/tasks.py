@@ -306,20 +306,22 @@ POOL_BATCHES = 50  # batches that are sorted by length together: little padding,
 
 
 def encode_rows(tokenizer, sentences, max_len, threads=1):
-    """N rows of one or two sentences -> [(ids, length of the first part)], N of them.
+    """N rows of one or two sentences -> [(ids, length of the first part)], and the lengths (N,)
+    that they would have uncut.
 
     [CLS] a [SEP] or [CLS] a [SEP] b [SEP], uint16. What is too long for max_len loses tokens from
     the end of the longer sentence; the [SEP]s stay.
     """
     encoded = [tokenizer.encode(column, threads=threads) for column in sentences]
-    rows = []
+    rows, uncut = [], []
     for a, *second in zip(*encoded):
         room = max_len - 2 - len(second)
         seconds = [b[:max(room // 2, room - len(a))] for b in second]  # none, or one
         first = [CLS, *a[:room - sum(map(len, seconds))], SEP]
         ids = first + [i for b in seconds for i in (*b, SEP)]
         rows.append((np.array(ids, dtype=np.uint16), len(first)))
-    return rows
+        uncut.append(max_len - room + len(a) + sum(map(len, second)))
+    return rows, np.array(uncut)
 
 
 def batches(lengths, batch_size, seed, epoch):

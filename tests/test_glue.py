@@ -204,6 +204,46 @@ def test_scores_are_pure_in_run_recipe_rows_and_seed(folder, monkeypatch, capsys
     assert len(scores(folder / "self-0")) == 5 and "12 of 2490" in capsys.readouterr().out
 
 
+def test_what_is_cut_is_said_and_kept(folder, tmp_path, monkeypatch, capsys):
+    """Rows of 100 tokens, [CLS] and two [SEP] included, for a model that reads 32: --max-len 512
+    changes nothing."""
+    tokenizer = Tokenizer(folder / "tokenizer.model")
+    piece = next(w for w in TOPICS[0] if len(tokenizer.encode(w + " " + w)) == 2)
+    rows = [(" ".join([piece] * 50), " ".join([piece] * 47), label) for label in LABELS["RTE"]]
+    short = [(piece, f"{piece} {piece}", label) for label in LABELS["RTE"]]
+    write_task(tmp_path, "RTE", rows + rows, dev=short)
+    flags = ["--tasks", "RTE", "--epochs", "1", "--glue-dir", tmp_path]
+    call(command(folder, *flags, "--max-len", "512", runs=["self-0"]), monkeypatch)
+    out = capsys.readouterr()
+    assert f"RTE: {4 / 6:.1%} of the rows are cut at 32 tokens, which loses " + (
+        f"{4 * 68 / (4 * 100 + 2 * 6):.1%} of all tokens") in out.err
+    assert "max-len 32," in out.out
+    (kept,), before = scores(folder / "self-0"), (folder / "self-0" / "glue.json").read_bytes()
+    assert kept["recipe"]["max_len"] == 32
+    call(command(folder, *flags, runs=["self-0"]), monkeypatch)
+    assert (folder / "self-0" / "glue.json").read_bytes() == before
+    write_task(tmp_path, "RTE", short + short, dev=rows[:1])
+    call(command(folder, *flags, "--max-len", "16", runs=["self-0"]), monkeypatch)
+    assert "of the rows are cut at 16 tokens" in capsys.readouterr().err
+    write_task(tmp_path, "RTE", short, dev=[(f"{piece} {piece}", piece, LABELS["RTE"][0])])
+    call(command(folder, *flags, runs=["self-0"]), monkeypatch)
+    assert "cut" not in capsys.readouterr().err
+
+
+def test_a_table_shows_the_scores_that_its_flags_name(folder, monkeypatch, capsys):
+    flags = ["--tasks", "RTE", "--epochs", "1"]
+    call(command(folder, *flags, "--seeds", "2", runs=["random-0"]), monkeypatch)
+    capsys.readouterr()
+    for more, shown in ((["--seeds", "1"], "fine-tuning seeds: 1\n"),
+                        ([], "fine-tuning seeds: 2\n"), (["--dtype", "bfloat16"], None)):
+        argv = command(folder, "--table", *more, runs=["random-0"])
+        if shown is None:
+            assert "nothing is scored yet" in refused(argv, monkeypatch, capsys)
+        else:
+            call(argv, monkeypatch)
+            assert shown in capsys.readouterr().out
+
+
 def test_all_that_is_kept_of_a_score_can_be_kept_elsewhere(folder, monkeypatch, capsys):
     call(command(folder, "--tasks", "RTE,SST-2", "--epochs", "1", "--jsonl"), monkeypatch)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

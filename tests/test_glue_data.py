@@ -199,17 +199,19 @@ class Letters:
 
 
 def test_encoding_cuts_the_longer_sentence_and_keeps_every_sep():
-    (ids, first), = G.encode_rows(Letters(), [["abc"]], 16)
-    assert ids.tolist() == [2, 5, 6, 7, 3] and first == 5
-    (ids, first), = G.encode_rows(Letters(), [["abc"], ["de"]], 16)
-    assert ids.tolist() == [2, 5, 6, 7, 3, 8, 9, 3] and first == 5
+    ((ids, first),), uncut = G.encode_rows(Letters(), [["abc"]], 16)
+    assert ids.tolist() == [2, 5, 6, 7, 3] and first == 5 and uncut.tolist() == [5]
+    ((ids, first),), uncut = G.encode_rows(Letters(), [["abc"], ["de"]], 16)
+    assert ids.tolist() == [2, 5, 6, 7, 3, 8, 9, 3] and first == 5 and uncut.tolist() == [8]
     rows = [("a" * 50, "bcd"), ("a", "b" * 50), ("a" * 50, "b" * 50), ("a" * 50, "")]
-    for (a, b), (ids, first) in zip(rows, G.encode_rows(Letters(), list(zip(*rows)), 20)):
+    encoded, uncut = G.encode_rows(Letters(), list(zip(*rows)), 20)
+    assert uncut.tolist() == [56, 54, 103, 53]
+    for (a, b), (ids, first) in zip(rows, encoded):
         ids = ids.tolist()
         assert len(ids) == 20 and ids.count(3) == 2 and ids[first - 1] == ids[-1] == 3
         kept_a, kept_b = first - 2, 20 - first - 1
         assert kept_a == len(a) or kept_b == len(b) or abs(kept_a - kept_b) <= 1
-    (ids, _), = G.encode_rows(Letters(), [["a" * 50]], 20)
+    ((ids, _),), _ = G.encode_rows(Letters(), [["a" * 50]], 20)
     assert len(ids) == 20 and ids[-1] == 3
 
 
