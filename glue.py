@@ -17,11 +17,10 @@ import contextlib
 import json
 import math
 import os
-import signal
 import sys
 import time
 from argparse import Namespace
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,14 +29,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.arms import Model, group_arms, machine_of, read_run
-from data.files import UserError, lock_folder, progress, run_script, sha256_file, sha256_json
+from data.files import UserError, progress, run_script, sha256_file, sha256_json
 from data.flags import check_ranges, defaults, flag_parser
+from data.jobs import JOB_FLAGS, bytes_of, exit_at_signals, processes_for, run_jobs
 from data.machine import MACHINE_FLAGS, Machine
-from data.metrics import correct_rows, majority_class, measure
-from data.scores import (
-    RANDOM_WEIGHTS, add_score, commit, make_tables, read_scores, show_tables,
-)
-from data.tasks import TASKS, batches, encode_rows, read_task
+from data.metrics import measured
+from data.scores import RANDOM_WEIGHTS, add_score, commit, make_tables, read_scores, show_tables
+from data.tasks import TASKS, batches, encode_task, read_task
 from data.tokenizer import PAD
 from masking import seed_dropout
 from model import Bert, copy_token_type, load, read_model
@@ -75,7 +73,7 @@ FLAGS = {
          "tokens of each sentence and their difference; mean, over all tokens; cls, that of [CLS]"),
         ("freeze", False, None, "keep the encoder as it is and train the last layer alone"),
     ],
-    "Machine": MACHINE_FLAGS,
+    "Machine": MACHINE_FLAGS + JOB_FLAGS,
     "Table": [
         ("baseline", "random", None, "the arm that others are compared with: the name of its run "
          "folders without -SEED"),
@@ -313,129 +311,107 @@ def build(model, dropout):
     """A fresh Bert with the weights of this Model."""
     torch.manual_seed(model.seed)  # as train.py makes them
     bert = Bert(replace(model.shape, dropout=dropout))
-    weights = bert.state_dict()
-    if model.pretraining:
-        weights = read_model(model.folder / "model.pt").state_dict()
-    else:
-        copy_token_type(weights)
+    trained = read_model(model.folder / "model.pt") if model.pretraining else bert
+    weights = trained.state_dict()
+    copy_token_type(weights)
     bert.load_state_dict(weights)
     return bert
-
-
-def encode(model, task, data, max_len, threads):
-    """-> [training rows, rows of each development file], encoded for this model. One row is shown,
-    the cheapest way to see a wrong label or tokenizer, and what is cut is said."""
-    train, devs, _ = data
-    rows, uncut = zip(*(encode_rows(model.tokenizer, part.sentences, max_len, threads)
-                        for part in (train, *devs)))
-    pieces = "".join(model.tokenizer.pieces[i] for i in rows[0][0][0])
-    print(f"{task}: {len(train)} of {train.in_file} training rows, for example {pieces[:150]} -> "
-          f"{train.labels[0]}")
-    lengths = np.concatenate(uncut)
-    if (lengths > max_len).any():
-        lost = (lengths - max_len).clip(0).sum() / lengths.sum()
-        print(f"{task}: {(lengths > max_len).mean():.1%} of the rows are cut at {max_len} tokens, "
-              f"which loses {lost:.1%} of all tokens")
-    return rows
 
 
 # --------------------------------------------------------------------------------------------------
 # jobs
 
 
-def seed_of(model, task, seed):
+@dataclass(eq=False)
+class Job:
+    """A fine-tuning: a score that is missing."""
+
+    model: Model
+    task: str
+    seed: int
+    data: tuple  # what read_task gives
+    rows: tuple = ()  # what encode_task gives
+
+
+def seed_of(job):
     """The number from which all random draws of a fine-tuning come. The pretraining seed is part of
     it: arms with one seed are fine-tuned alike, and two seeds are two samples of everything."""
-    key = (model.seed, seed, list(TASKS).index(task))
+    key = (job.model.seed, job.seed, list(TASKS).index(job.task))
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def scores_of(model, args, data, machine):
-    """The scores of a model that were made with the recipe, rows and machine that are asked for."""
-    recipe, here = recipe_of(model, args), machine_of(machine.record())
+def scores_of(model, args, names=RECIPE_NAMES, **more):
+    """The scores of a model on the tasks and seeds of `args` whose recipe has, in these names, what
+    `args` says, and whose entries have these further values."""
+    recipe = recipe_of(model, args)
+    recipe = {name: recipe[name] for name in names}
     return [e for e in read_scores(model.folder, model.sha256)
-            if e["task"] in data and e["data"] == data[e["task"]][-1] and e["seed"] < args.seeds
-            and e["recipe"] == recipe and machine_of(e) == here]
+            if e["task"] in args.tasks and e["seed"] < args.seeds
+            and recipe.items() <= e["recipe"].items() and more.items() <= e.items()]
 
 
-def score(model, task, seed, rows, args, data, machine):
-    """Fine-tune a model on a task's encoded rows -> an entry for its glue.json."""
-    began, recipe, (train, devs, sha256) = time.perf_counter(), recipe_of(model, args), data[task]
-    bert, number = build(model, args.dropout), seed_of(model, task, seed)
+def is_done(job, args, machine):
+    """Is there a score already, by this recipe, on these rows and on such a machine?"""
+    return bool(scores_of(job.model, args, task=job.task, seed=job.seed, data=job.data[-1],
+                          **machine_of(machine.record())))
+
+
+def score(job, args, machine):
+    """Do a job -> an entry for glue.json; None where another command has done it meanwhile."""
+    if is_done(job, args, machine):
+        return None
+    began, recipe, number = time.perf_counter(), recipe_of(job.model, args), seed_of(job)
+    bert = build(job.model, args.dropout)
     torch.manual_seed(number)  # of the last layer
-    classifier = Classifier(bert, TASKS[task].outputs, args.pool_output).to(machine.device)
+    classifier = Classifier(bert, TASKS[job.task].outputs, args.pool_output).to(machine.device)
     try:
         fit = fit_head if args.freeze else fine_tune
-        fit(classifier, rows[0], train.labels, Namespace(**recipe), number, machine)
+        fit(classifier, job.rows[0], job.data[0].labels, Namespace(**recipe), number, machine)
     except FloatingPointError as error:
-        raise FloatingPointError(f"{model.arm}-{model.seed}, {task}, seed {seed}: {error}")
-    outputs = [predict(classifier, dev, machine) for dev in rows[1:]]
-    parts = measure(TASKS[task], outputs, devs)
-    return {
-        "task": task, "seed": seed, "recipe": recipe, "data": sha256, "model": model.sha256,
-        "score": sum(parts.values()) / len(parts), "parts": parts,
-        "majority": majority_class(TASKS[task], train.labels, devs),
-        "correct": correct_rows(TASKS[task], outputs, devs),
-        "trained_on": len(train), "rows": [part.in_file for part in (train, *devs)],
-        "official": [part.official for part in (train, *devs)],
-        "shared": [dev.shared for dev in devs],
-        "seconds": round(time.perf_counter() - began, 1), **machine.record(), "commit": commit()}
-
-
-def has_score(model, task, seed, *how):
-    return any((e["task"], e["seed"]) == (task, seed) for e in scores_of(model, *how))
+        raise FloatingPointError(f"{job.model.name}, {job.task}, seed {job.seed}: {error}")
+    outputs = [predict(classifier, dev, machine) for dev in job.rows[1:]]
+    return {"task": job.task, "seed": job.seed, "recipe": recipe, "model": job.model.sha256,
+            **measured(TASKS[job.task], outputs, job.data),
+            "seconds": round(time.perf_counter() - began, 1), **machine.record()}
 
 
 def work(models, args):
     """Compute every score that is not there yet; then give each model those that are asked for."""
-    machine = Machine(args)
+    machine, version, rows = Machine(args), commit(), {}
     print(f"machine: {machine.about}")
     data = {task: read_task(task, args.glue_dir, args.cache, args.max_train)
             for task in args.tasks}
-    how = args, data, machine
-    jobs = [(model, task, seed) for task in args.tasks for seed in range(args.seeds)
-            for model in models if not has_score(model, task, seed, *how)]
-
-    def encoding(model, task):  # the same for all models that share a tokenizer and a length
-        return task, model.tokenizer.sha256, recipe_of(model, args)["max_len"]
-
-    rows = {}
-    for model, task, _ in jobs:
-        key = encoding(model, task)
-        rows[key] = rows.get(key) or encode(model, task, data[task], key[-1], machine.threads)
-    with progress(total=len(jobs), unit=" fine-tunings", unit_scale=False) as bar:
-        for model, task, seed in jobs:
-            bar.set_description_str(f"{model.arm}-{model.seed} {task}")
-            model.folder.mkdir(parents=True, exist_ok=True)
-            # Commands side by side wait for one another, and perhaps it is then done.
-            with lock_folder(model.folder, wait=f"it fine-tunes {model.arm}-{model.seed}, too"):
-                if not has_score(model, task, seed, *how):
-                    add_score(model.folder, score(
-                        model, task, seed, rows[encoding(model, task)], *how))
+    jobs = [Job(model, task, seed, data[task]) for task in args.tasks
+            for seed in range(args.seeds) for model in models]
+    jobs = [job for job in jobs if not is_done(job, args, machine)]
+    for job in jobs:  # models that share a tokenizer and a length share rows
+        length = recipe_of(job.model, args)["max_len"]
+        key = job.task, job.model.tokenizer.sha256, length
+        rows[key] = job.rows = rows.get(key) or encode_task(
+            job.task, job.data, job.model.tokenizer, length, machine.threads)
+        job.model.folder.mkdir(parents=True, exist_ok=True)
+    memory = {job: bytes_of(job.model.shape, args.batch_size * args.max_len) for job in jobs}
+    # The longest first: at the end no core waits for one.
+    jobs.sort(key=lambda job: -memory[job] * sum(len(ids) for ids, _ in job.rows[0]))
+    processes = processes_for(machine, args.jobs, list(memory.values()))
+    entries = run_jobs(lambda job: score(job, args, machine), jobs, processes,
+                       lambda job: job.model.folder)
+    with contextlib.closing(entries), progress(
+            total=len(jobs), unit=" fine-tunings", unit_scale=False) as bar:
+        for job, entry in entries:
+            if entry:
+                add_score(job.model.folder, {**entry, "commit": version})
+            bar.set_description_str(f"{job.model.name} {job.task}")
             bar.update()
+    here = machine_of(machine.record())
     for model in models:
-        model.scores = scores_of(model, *how)
-
-
-def look_up(models, args, given):
-    """Give each model all scores that are there; of these only those of the recipe's flags, the
-    seeds, device and number format that are given."""
-    place = {name: getattr(args, name) for name in ("device", "dtype")
-             if getattr(args, name) != "auto"}
-    for model in models:
-        recipe = recipe_of(model, args)
-        asked = {name: recipe[name] for name in given.intersection(RECIPE_NAMES)}
-        model.scores = [e for e in read_scores(model.folder, model.sha256)
-                        if e["task"] in args.tasks and asked.items() <= e["recipe"].items()
-                        and place.items() <= e.items()
-                        and ("seeds" not in given or e["seed"] < args.seeds)]
+        model.scores = [e for e in scores_of(model, args, **here)
+                        if e["data"] == data[e["task"]][-1]]
 
 
 def main():
     args, given = parse_args()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+    exit_at_signals()
     kept = "finished scores are kept: give the same command again to go on"
     try:
         runs = open_runs(args.runs, skip=args.table)
@@ -444,7 +420,11 @@ def main():
             raise UserError(f"--baseline {args.baseline}: the arms are {', '.join(arms)}")
         models = [*random_weights(runs, args.cache), *runs]
         if args.table:
-            look_up(models, args, given)
+            asked = {name: getattr(args, name) for name in ("device", "dtype")
+                     if getattr(args, name) != "auto"}
+            args.seeds = args.seeds if "seeds" in given else math.inf
+            for model in models:
+                model.scores = scores_of(model, args, given & set(RECIPE_NAMES), **asked)
         else:
             with contextlib.redirect_stdout(sys.stderr):  # stdout is for the tables alone
                 work(models, args)
@@ -458,9 +438,7 @@ def main():
     if not tables:
         raise UserError("nothing is scored yet: leave out --table")
     if args.jsonl:
-        for model in models:
-            for entry in model.scores:
-                print(json.dumps({"run": f"{model.arm}-{model.seed}", **entry}))
+        print("\n".join(json.dumps({"run": m.name, **e}) for m in models for e in m.scores))
     else:
         print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
 

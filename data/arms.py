@@ -40,6 +40,10 @@ class Model:
     pretraining: Pretraining | None = None
     scores: list = field(default_factory=list)  # entries of glue.json that a table shall show
 
+    @property
+    def name(self):
+        return f"{self.arm}-{self.seed}"
+
 
 def read_run(path):
     """A run folder, finished or not -> a Model, of which the weights are not read. UserError where

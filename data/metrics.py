@@ -76,3 +76,17 @@ def majority_class(task, labels, devs):
     if task.labels:
         constant[max(sorted(set(labels)), key=labels.count)] = 1
     return measure(task, [constant.expand(len(dev), -1) for dev in devs], devs)
+
+
+def measured(task, outputs, data):
+    """What an entry of glue.json says of the outputs for each development set, and of the rows.
+    data: (training Rows, [development Rows], sha256 of the files)."""
+    train, devs, sha256 = data
+    parts = measure(task, outputs, devs)
+    return {
+        "score": sum(parts.values()) / len(parts), "parts": parts,
+        "majority": majority_class(task, train.labels, devs),
+        "correct": correct_rows(task, outputs, devs), "data": sha256, "trained_on": len(train),
+        "rows": [part.in_file for part in (train, *devs)],
+        "official": [part.official for part in (train, *devs)],
+        "shared": [dev.shared for dev in devs]}

@@ -324,6 +324,23 @@ def encode_rows(tokenizer, sentences, max_len, threads=1):
     return rows, np.array(uncut)
 
 
+def encode_task(name, data, tokenizer, max_len, threads):
+    """What read_task gives -> (training rows, rows of each development file), encoded. One row is
+    shown, the cheapest way to see a wrong label or tokenizer, and what is cut is said."""
+    train, devs, _ = data
+    rows, uncut = zip(*(encode_rows(tokenizer, part.sentences, max_len, threads)
+                        for part in (train, *devs)))
+    pieces = "".join(tokenizer.pieces[i] for i in rows[0][0][0])
+    print(f"{name}: {len(train)} of {train.in_file} training rows, for example {pieces[:150]} -> "
+          f"{train.labels[0]}")
+    lengths = np.concatenate(uncut)
+    if (lengths > max_len).any():
+        lost = (lengths - max_len).clip(0).sum() / lengths.sum()
+        print(f"{name}: {(lengths > max_len).mean():.1%} of the rows are cut at {max_len} tokens, "
+              f"which loses {lost:.1%} of all tokens")
+    return rows
+
+
 def batches(lengths, batch_size, seed, epoch):
     """Lists of row numbers: every row once, in batches of similar length, in random order."""
     rng = np.random.default_rng((seed, epoch))

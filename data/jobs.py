@@ -1,0 +1,152 @@
+"""Jobs side by side, each in a process of its own with one thread, and folders that they share.
+
+A process is a fork: it has all that this one has read, so that nothing is read, encoded or sent
+anew. Its value comes back through a pipe. That takes no semaphores, which some systems lack.
+"""
+
+import ctypes
+import multiprocessing
+import os
+import signal
+import sys
+import traceback
+from multiprocessing.connection import wait
+from pathlib import Path
+
+import torch
+
+from data.files import UserError, lock_folder
+
+RETRY = 1.0  # seconds until a folder that was in use is tried again
+JOB_FLAGS = [
+    ("jobs", 0, "0 or more", "fine-tunings at a time; from 2 on, each is a process with one "
+     "thread; 0: as many as --threads and memory allow; on a GPU always 1"),
+]
+
+
+def bytes_of(shape, tokens):
+    """Bytes, roughly, that the training of a model takes, with so many tokens at once."""
+    parameters = shape.vocab_size * shape.width + 12 * shape.layers * shape.width**2
+    # Weights, gradients, two moments; some 40 vectors of each token and block; torch itself.
+    return 4 * (4 * parameters + 40 * tokens * shape.width * shape.layers) + (300 << 20)
+
+
+def free_memory():
+    """Bytes that this process may still take: of the machine, and of its control group."""
+    with open("/proc/meminfo") as f:
+        fields = dict(line.split(":") for line in f)
+    free = int(fields["MemAvailable"].split()[0]) << 10
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.exists() and limit.read_text().strip() != "max":
+        free = min(free, int(limit.read_text()) - int(used.read_text()))
+    return free
+
+
+def processes_for(machine, asked, sizes):
+    """How many jobs, of these sizes in bytes, may run side by side on this Machine: as many as are
+    `asked` for, or (0) as fit its cores and memory. From two on, each has one thread, a last one,
+    too: the number of threads changes how sums are rounded."""
+    if machine.device.type != "cpu" or sys.platform != "linux":  # elsewhere a fork is not safe
+        return 1
+    processes = asked or max(1, min(machine.threads, free_memory() // max(sizes, default=1)))
+    if processes > 1:
+        machine.threads = 1
+        torch.set_num_threads(1)  # more would wait in a fork for threads that it does not have
+        print(f"{processes} at a time, each with one thread")
+    return processes
+
+
+def exit_at_signals():
+    """A signal ends the program with the status that a shell expects."""
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
+            signal.signal(number, lambda number, frame: sys.exit(128 + number))
+
+
+def run_jobs(function, jobs, processes, folder_of):
+    """Yield (job, function(job)) for all jobs, in the order in which they end, so many at a time;
+    with one process: in this one. What function raises is raised here.
+
+    The folder of a job is held as long as one of its jobs runs, and until the last value of it was
+    taken. A folder that another command holds is passed over and come back to.
+    """
+    todo, running, locks, told = list(jobs), {}, {}, False
+
+    def hold(job):
+        folder = folder_of(job)
+        try:
+            locks[folder] = locks.get(folder) or lock_folder(folder)
+        except UserError:  # in use
+            return False
+        return True
+
+    try:
+        while todo or running:
+            room = len(running) < processes
+            job = next(filter(hold, todo), None) if room else None
+            if job is not None:
+                todo.remove(job)
+                if processes > 1:
+                    running.update([start(function, job, locks)])
+                    continue
+                yield job, function(job)
+            elif not (running or told):
+                told = True
+                print(f"waiting for another process: it works in {folder_of(todo[0])}, too",
+                      file=sys.stderr)
+            else:
+                for pipe in wait(running, RETRY if room and todo else None):
+                    process, job = running.pop(pipe)
+                    yield job, value_of(pipe, process)
+            for folder in locks.keys() - {folder_of(job) for _, job in running.values()}:
+                locks.pop(folder).close()
+    finally:
+        for process, _ in running.values():
+            process.kill()
+            process.join()
+        for lock in locks.values():
+            lock.close()
+
+
+def start(function, job, locks):
+    """Begin function(job) in a fork -> (the pipe that its value comes from, (process, job))."""
+    fork = multiprocessing.get_context("fork")
+    pipe, sender = fork.Pipe(duplex=False)
+    process = fork.Process(target=child, args=(function, job, sender, locks, os.getpid()),
+                           daemon=True)
+    process.start()
+    sender.close()  # the fork has the only one: when it dies, the pipe ends
+    return pipe, (process, job)
+
+
+def child(function, job, sender, locks, parent):
+    """What a fork does: it ends when its parent does, and leaves signals and locks to it."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # 1: PR_SET_PDEATHSIG
+    if os.getppid() != parent:
+        os._exit(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+    for lock in locks.values():
+        lock.close()
+    try:
+        value, error = function(job), None
+    except Exception as caught:
+        value, error = None, caught
+        error.add_note(traceback.format_exc())  # a traceback does not pass through a pipe
+    sender.send((value, error))
+
+
+def value_of(pipe, process):
+    """What a fork sent; what it raised is raised."""
+    try:
+        value, error = pipe.recv()
+    except EOFError:
+        process.join()
+        raise UserError("a process was killed from outside, for want of memory perhaps: give the "
+                        "command again, with fewer --jobs")
+    pipe.close()
+    process.join()
+    if error:
+        raise error
+    return value
