@@ -5,7 +5,7 @@ runs, jobs.
     python glue.py runs/random-* runs/self-* --seeds 2      # arms, paired by pretraining seed
     python glue.py runs/self-0 --tasks CoLA,RTE --glue-dir DIR   # your copy, official layout
     python glue.py runs/* --table                           # only print what is already scored
-    python glue.py runs/* --table --jsonl >> FILE           # every score, to keep it elsewhere
+    python glue.py runs/* --table --jsonl STUDY >> FILE     # every score, to keep it elsewhere
 
 A score is a function of the run, the recipe, the rows, the fine-tuning seed and the machine, and is
 kept in the run's glue.json as soon as it is there: a job that was stopped goes on where it was, and
@@ -80,8 +80,8 @@ FLAGS = {
         ("table", False, None, "only print what is already scored, each recipe in a table, by the "
          "flags that are given; no data are read"),
         ("json", False, None, "print the tables for a program"),
-        ("jsonl", False, None, "print every score instead, a line of JSON with all that is kept of "
-         "it: so it is added to a file of data/results"),
+        ("jsonl", "", None, "print every score instead, a line of JSON with all that is kept of "
+         "it, under this name of a study: so it is added to a file of data/results"),
     ],
 }
 RECIPE_NAMES = list(defaults({"": FLAGS["Recipe"]}))
@@ -438,7 +438,8 @@ def main():
     if not tables:
         raise UserError("nothing is scored yet: leave out --table")
     if args.jsonl:
-        print("\n".join(json.dumps({"run": m.name, **e}) for m in models for e in m.scores))
+        for model, entry in ((model, entry) for model in models for entry in model.scores):
+            print(json.dumps({"study": args.jsonl, "run": model.name, **entry}))
     else:
         print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
 

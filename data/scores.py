@@ -241,7 +241,7 @@ def make_table(models, recipe, baseline):
             row["against"] = {what: compare(arms, arm, baseline, what) for what in ends
                               if what in row["scores"] and what in base["scores"]}
             notes += notes_on_pair(arm, baseline, arms)
-    majority = Model("majority class", 0, None, "", None, None, scores=[
+    majority = Model("majority class", 0, None, scores=[
         {**e, "parts": e["majority"], "score": statistics.fmean(e["majority"].values())}
         for e in examples.values()])
     runs = [model for model in models if model.pretraining]

@@ -247,8 +247,9 @@ def test_a_table_shows_the_scores_that_its_flags_name(folder, monkeypatch, capsy
 
 
 def test_all_that_is_kept_of_a_score_can_be_kept_elsewhere(folder, monkeypatch, capsys):
-    call(command(folder, "--tasks", "RTE,SST-2", "--epochs", "1", "--jsonl"), monkeypatch)
+    call(command(folder, "--tasks", "RTE,SST-2", "--epochs", "1", "--jsonl", "gate"), monkeypatch)
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert {line.pop("study") for line in lines} == {"gate"}
     assert sorted((line.pop("run"), line["task"]) for line in lines) == [
         (run, task) for run in ("random weights-0", "random-0", "self-0")
         for task in ("RTE", "SST-2") for _ in range(2 if run == "random weights-0" else 1)]
@@ -543,7 +544,7 @@ def test_a_job_that_was_stopped_goes_on_where_it_was(folder, monkeypatch):
 
 
 def test_processes_side_by_side_give_the_same_bits(folder, monkeypatch, capsys):
-    flags = ["--epochs", "2", "--jsonl", "--tasks", "CoLA,MNLI,STS-B,QQP"]
+    flags = ["--epochs", "2", "--jsonl", "x", "--tasks", "CoLA,MNLI,STS-B,QQP"]
     found = []
     for jobs in ("1", "2"):
         call(command(folder, "--jobs", jobs, *flags), monkeypatch)
