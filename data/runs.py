@@ -37,7 +37,8 @@ USES_CONTEXT = 0.25  # nats of context gain, as in the second part of data/resul
 CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher_sha256": str,
           "origin_sha256": str, "parameters": int, "unigram_entropy": float, "flops": int,
           "teacher_flops": int, "experiment": list, "starts": list}
-BEFORE_CONFIG = {".lock", "tokenizer.model", "tokenizer.model.tmp", "config.json.tmp"}
+OURS = {"tokenizer.model", "log.jsonl", "checkpoint.pt", "checkpoint.prev.pt", "model.pt",
+        "glue.json"}  # what a new run would write over
 # Where these differ, a run goes on, but not bit for bit.
 NOT_BIT_FOR_BIT = ("machine", "device", "torch", "threads", "processes", "micro_batch", "compile")
 
@@ -64,8 +65,14 @@ def check_new(run):
         other = f"{name}-b-{seed}" if name and seed.isdigit() else f"{run.absolute().name}-b"
         raise UserError(f"{run} is finished: to repeat it give another --seed, for another "
                         f"experiment another --out, for example {shlex.quote(other)} beside it")
-    if run.exists() and (not run.is_dir() or set(os.listdir(run)) - BEFORE_CONFIG):
-        raise UserError(f"{run} is there and is no run folder: give another --out")
+    if run.exists() and not run.is_dir():
+        raise UserError(f"{run} is a file: give another --out")
+    # What is not ours may stay, such as a log of what is printed. A start that was killed before
+    # config.json leaves a vocabulary, with a lock beside it.
+    killed = ["tokenizer.model"] * (run / ".lock").exists()
+    for name in sorted(OURS.difference(killed)):
+        if (run / name).exists():
+            raise UserError(f"{run} has a {name} and is no run folder: give another --out")
 
 
 def open_earlier(run, finished, typed, defaults, may_change):

@@ -379,10 +379,25 @@ def test_run_folders_are_never_overwritten(folder, teacher, tmp_path, monkeypatc
     line = refused(again, monkeypatch, capsys)
     assert "is finished" in line and "for example teacher-b" in line
     assert before == {p.name: p.read_bytes() for p in teacher.iterdir()}
-    (tmp_path / "photos").mkdir()
-    (tmp_path / "photos" / "cat.jpg").touch()
-    other = ["train.py", "--out", tmp_path / "photos"]
-    assert "no run folder" in refused(other, monkeypatch, capsys)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("tokenizer.model", "log.jsonl", "model.pt"):
+        (mine / name).touch()
+        assert f"has a {name} and is no run folder" in refused(
+            command(folder, mine), monkeypatch, capsys)
+        (mine / name).unlink()
+    (mine / "train.log").write_text("what tee writes")
+    call(command(folder, mine, "--steps", "1"), monkeypatch)
+    assert (mine / "train.log").read_text() == "what tee writes"
+
+
+def test_a_start_that_was_killed_before_its_config_is_begun_anew(folder, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "tokenizer.model").write_bytes(b"half")
+    call(command(folder, run, "--steps", "1"), monkeypatch)
+    assert (run / "model.pt").exists()
 
 
 def test_an_unfinished_run_is_only_resumed_whole_and_unchanged(folder, monkeypatch, capsys):
