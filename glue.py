@@ -1,5 +1,4 @@
-"""Fine-tune finished runs on GLUE and compare them. One flat script: flags, classifier, updates,
-runs, jobs.
+"""Fine-tune finished runs on GLUE and compare them: flags, classifier, updates, runs, jobs.
 
     python glue.py runs/random-0 runs/self-0                # all tasks; data downloaded once
     python glue.py runs/random-* runs/self-* --seeds 2      # arms, paired by pretraining seed
@@ -9,7 +8,8 @@ runs, jobs.
 
 A score is a function of the run, the recipe, the rows, the fine-tuning seed and the machine, and is
 kept in the run's glue.json as soon as it is there: a job that was stopped goes on where it was, and
-nothing is computed twice. Random weights are fine-tuned beside the runs. Scores follow Wang et al.
+nothing is computed twice. Random weights are fine-tuned beside the runs. On a CPU the jobs run side
+by side, each in a process with one thread. Scores follow Wang et al.
 2018 (GLUE, arXiv 1804.07461).
 """
 
@@ -31,7 +31,7 @@ from torch import nn
 from data.arms import Model, group_arms, machine_of, read_run
 from data.files import UserError, progress, run_script, sha256_file, sha256_json
 from data.flags import check_ranges, defaults, flag_parser
-from data.jobs import JOB_FLAGS, bytes_of, exit_at_signals, processes_for, run_jobs
+from data.jobs import JOB_FLAGS, bytes_of, exit_at_signals, processes_for, run_jobs, signals_later
 from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import measured
 from data.scores import RANDOM_WEIGHTS, add_score, commit, make_tables, read_scores, show_tables
@@ -399,8 +399,9 @@ def work(models, args):
     with contextlib.closing(entries), progress(
             total=len(jobs), unit=" fine-tunings", unit_scale=False) as bar:
         for job, entry in entries:
-            if entry:
-                add_score(job.model.folder, {**entry, "commit": version})
+            with signals_later():
+                if entry:
+                    add_score(job.model.folder, {**entry, "commit": version})
             bar.set_description_str(f"{job.model.name} {job.task}")
             bar.update()
     here = machine_of(machine.record())
@@ -438,8 +439,9 @@ def main():
     if not tables:
         raise UserError("nothing is scored yet: leave out --table")
     if args.jsonl:
-        for model, entry in ((model, entry) for model in models for entry in model.scores):
-            print(json.dumps({"study": args.jsonl, "run": model.name, **entry}))
+        for model in models:
+            for entry in model.scores:
+                print(json.dumps({"study": args.jsonl, "run": model.name, **entry}))
     else:
         print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
 

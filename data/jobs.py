@@ -4,6 +4,7 @@ A process is a fork: it has all that this one has read, so that nothing is read,
 anew. Its value comes back through a pipe. That takes no semaphores, which some systems lack.
 """
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -17,10 +18,11 @@ import torch
 
 from data.files import UserError, lock_folder
 
+STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 RETRY = 1.0  # seconds until a folder that was in use is tried again
 JOB_FLAGS = [
     ("jobs", 0, "0 or more", "fine-tunings at a time; from 2 on, each is a process with one "
-     "thread; 0: as many as --threads and memory allow; on a GPU always 1"),
+     "thread; 0: as many as --threads and memory allow; beside a GPU always 1"),
 ]
 
 
@@ -46,14 +48,32 @@ def processes_for(machine, asked, sizes):
     """How many jobs, of these sizes in bytes, may run side by side on this Machine: as many as are
     `asked` for, or (0) as fit its cores and memory. From two on, each has one thread, a last one,
     too: the number of threads changes how sums are rounded."""
-    if machine.device.type != "cpu" or sys.platform != "linux":  # elsewhere a fork is not safe
-        return 1
+    if torch.cuda.is_available() or sys.platform != "linux":
+        return 1  # a GPU is one, and what has looked for one, or is no Linux, cannot be forked
     processes = asked or max(1, min(machine.threads, free_memory() // max(sizes, default=1)))
     if processes > 1:
         machine.threads = 1
         torch.set_num_threads(1)  # more would wait in a fork for threads that it does not have
         print(f"{processes} at a time, each with one thread")
     return processes
+
+
+@contextlib.contextmanager
+def signals_later():
+    """Signals wait until the end of this block. One that is raised within a fork is swallowed by
+    Python's own handlers there, and one that comes while a score is written would lose it."""
+    came, handlers = [], {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        if callable(handlers[number]):  # a mask would not do: another thread would take the signal
+            signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        yield
+    finally:
+        for number in STOPPING:
+            if callable(handlers[number]):
+                signal.signal(number, handlers[number])
+    for number in came:
+        signal.raise_signal(number)
 
 
 def exit_at_signals():
@@ -87,7 +107,8 @@ def run_jobs(function, jobs, processes, folder_of):
             if job is not None:
                 todo.remove(job)
                 if processes > 1:
-                    running.update([start(function, job, locks)])
+                    with signals_later():
+                        running.update([start(function, job, locks)])
                     continue
                 yield job, function(job)
             elif not (running or told):

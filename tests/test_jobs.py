@@ -1,6 +1,7 @@
 """Jobs in processes side by side.   python -m pytest tests/test_jobs.py -q"""
 
 import os
+import signal
 import time
 from types import SimpleNamespace
 
@@ -65,6 +66,24 @@ def test_a_process_that_is_killed_is_told(tmp_path):
         dict(J.run_jobs(lambda job: os.kill(os.getpid(), 9), ["a-1"], 2, folder_of(tmp_path)))
 
 
+def test_a_signal_within_a_fork_is_not_swallowed(tmp_path, monkeypatch):
+    """Python runs handlers of its own at a fork (logging has some), and ignores what they raise."""
+    begin, forks = J.start, []
+
+    def interrupted(*how):
+        forks.append(begin(*how))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)  # here Python would raise it, were it not held back
+        forks.append("through")
+        return forks[0]
+
+    monkeypatch.setattr(J, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        dict(J.run_jobs(lambda job: time.sleep(60), ["a-1"], 2, folder_of(tmp_path)))
+    (_, (process, _)), through = forks
+    assert through == "through" and process.exitcode == -signal.SIGKILL
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_folder_in_use_is_passed_over_and_come_back_to(processes, tmp_path, capsys):
     find = folder_of(tmp_path)
@@ -86,9 +105,10 @@ def test_a_folder_in_use_is_passed_over_and_come_back_to(processes, tmp_path, ca
 
 
 def test_the_number_of_processes_fits_cores_and_memory(monkeypatch):
-    def processes(asked, threads=4, device="cpu", free=10):
+    def processes(asked, threads=4, gpu=False, free=10):
         monkeypatch.setattr(J, "free_memory", lambda: free)
-        machine = SimpleNamespace(device=torch.device(device), threads=threads)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+        machine = SimpleNamespace(threads=threads)
         count = J.processes_for(machine, asked, [1, 3])
         assert machine.threads == (1 if count > 1 else threads)
         return count
@@ -97,7 +117,7 @@ def test_the_number_of_processes_fits_cores_and_memory(monkeypatch):
     assert processes(0) == 3 and processes(0, free=99) == 4  # memory; cores
     assert processes(7) == 7 and processes(1) == 1
     assert processes(0, free=1) == processes(0, threads=1) == 1
-    assert processes(7, device="cuda") == 1
+    assert processes(7, gpu=True) == 1
     monkeypatch.undo()
     assert J.free_memory() > 1 << 20
     assert J.bytes_of(Shape(30522, 12, 768), 32 * 512) > 16 * 108e6
