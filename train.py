@@ -59,7 +59,7 @@ class Job:
     teacher: Bert | None
     optimizer: torch.optim.Optimizer
     strategy: masking.Strategy  # where to mask, after --init-frac
-    means: VocabularyMean | None  # --score-input vocabulary: what the strategy reads
+    means: VocabularyMean | None  # --score-input vocabulary, error: what the strategy reads
 
 
 def masks_per_row(args, step):
@@ -313,12 +313,17 @@ def make_strategy(args, text, model, teacher):
     select = masking.SELECT[args.select]
     if args.masking == "random":
         return masking.Strategy(select=select), None
+    V, device, means = model.shape.vocab_size, next(model.parameters()).device, None
     if args.score_input == "vocabulary":
         # An item that was not seen yet has ln V, the entropy of a model that knows nothing: it is
         # tried soon.
-        V = model.shape.vocab_size
         means = VocabularyMean(lambda logits, labels: masking.entropies(logits), math.log(V), V,
-                               next(model.parameters()).device)
+                               device)
+    if args.score_input == "error":
+        # One value more, of a half: an item that was always right keeps a chance with `sample`.
+        means = VocabularyMean(lambda logits, labels: (logits.argmax(-1) != labels).float(), 0.5, V,
+                               device, prior=1)
+    if means:
         return masking.Strategy(None, means, select, args.pool), means
     asked = teacher if args.masking == "entropy" else model
     return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool), None
@@ -426,6 +431,8 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # the flags: name, default (the laptop preset; None: it follows from others), what is allowed, help
 
+BY_ITEM = ("vocabulary", "error")  # --score-input that is learned by the model in training
+
 FLAGS = {
     "Run": [
         ("out", "", "path", "run folder, never overwritten (default runs/<masking>-<seed>)"),
@@ -458,9 +465,9 @@ FLAGS = {
          "uncertain; where the model in training is"),
         ("teacher", "", "path", "finished run that is asked (--masking entropy) and that teaches "
          "(--distill): the paper's external reference model"),
-        ("score-input", "masked", (*masking.READS, "vocabulary"), "what is read. masked: the text, "
-         "its candidates hidden; unmasked: all of it; vocabulary (self): nothing, a running mean "
-         "of the vocabulary item is looked up"),
+        ("score-input", "masked", (*masking.READS, *BY_ITEM), "what is read. masked: the text, its "
+         "candidates hidden; unmasked: all of it; vocabulary, error (self): nothing, a running "
+         "mean of the vocabulary item is looked up, of its entropy or of how often it was missed"),
         ("select", None, tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
          "row's median, in proportion, half highest and half random (default mix)"),
         ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
@@ -556,8 +563,8 @@ def check_flags(args, given):
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
         (asking and not args.pool and args.score_input == "masked", "--pool 0 with --score-input "
          "masked would hide whole rows: give --pool 2, or --score-input unmasked"),
-        (args.masking == "entropy" and args.score_input == "vocabulary",
-         "--score-input vocabulary is learned by the model in training: use --masking self"),
+        (args.masking == "entropy" and args.score_input in BY_ITEM, f"--score-input "
+         f"{args.score_input} is learned by the model in training: use --masking self"),
         (args.masking == "self" and args.static, "--static masks a block alike in every epoch, and "
          "the model in training changes its mind: use --masking random or entropy"),
         ((args.masking == "entropy" or distilling) and not args.teacher, "--masking entropy and "

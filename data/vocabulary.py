@@ -1,6 +1,6 @@
 """Running means of vocabulary items: what training's own predictions say of each, for no forward.
 
-A strategy can read them instead of a text (--score-input vocabulary). Not from the paper.
+A strategy can read them instead of a text (--score-input vocabulary, error). Not from the paper.
 """
 
 import torch
@@ -14,21 +14,25 @@ class VocabularyMean:
 
     measure  (logits (N, V), labels (N,)) -> the numbers (N,)
     unseen   what an item has that was not seen yet
+    prior    how many values the read mean has beside those seen: so many of `unseen`
 
     Where [MASK] was shown counts, and of that the last ~WINDOW values: they change in training.
     """
 
     WINDOW = 64
 
-    def __init__(self, measure, unseen, vocab_size, device="cpu"):
-        self.measure = measure
+    def __init__(self, measure, unseen, vocab_size, device="cpu", prior=0):
+        self.measure, self.unseen, self.prior = measure, unseen, prior
         self.mean = torch.full((vocab_size,), unseen, device=device)
         self.seen = torch.zeros(vocab_size, device=device)
         self.parts = []  # of this step: (N, 3) item, number, 1 where [MASK] was shown
 
     def __call__(self, model, tokens, places):
         """As something that a strategy reads: (B, T), (B, c) -> the means (B, c)."""
-        return self.mean[tokens.gather(1, places)]
+        n = self.seen.clamp_max(self.WINDOW)
+        # (n mean + prior unseen) / (n + prior), which without a prior is the mean, bit for bit.
+        read = self.mean + self.prior * (self.unseen - self.mean) / (n + self.prior).clamp_min(1)
+        return read[tokens.gather(1, places)]
 
     def see(self, labels, shown, logits):
         """labels (N,) the items to predict, shown (N,) what stood there, logits (N, V)."""

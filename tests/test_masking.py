@@ -1,5 +1,7 @@
 """Where to mask and what to put there.   python -m pytest tests/test_masking.py -q"""
 
+from argparse import Namespace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from data.runs import WITHOUT_CONTEXT
 from data.tokenizer import MASK, N_SPECIAL
 from data.vocabulary import VocabularyMean
 from tests.helpers import T, V, rows_of, small_model
-from train import mask_for_evaluation
+from train import make_strategy, mask_for_evaluation
 
 
 def noise_of(n, length=T, step=0):
@@ -162,6 +164,39 @@ def test_the_mean_of_a_vocabulary_item_is_a_running_mean():
     for _ in range(1000):  # and early ones are forgotten
         see((9, True, 3))
     assert mean.mean[9].item() == pytest.approx(np.log(3), abs=1e-3)
+
+
+def of_flags(score_input, select):
+    """-> (Strategy, VocabularyMean) of self-masking with these flags."""
+    args = Namespace(masking="self", score_input=score_input, select=select, pool=2)
+    return make_strategy(args, None, small_model(), None)
+
+
+def test_the_error_rate_of_an_item_is_a_mean_with_one_half_more():
+    """Against plain Python: 200 steps of predictions of three items, one seen in each of them."""
+    strategy, means = of_flags("error", "sample")
+    assert strategy == M.Strategy(None, means, M.sample, 2)
+    rng, mean, seen = np.random.default_rng(0), {7: 0.0, 8: 0.0, 9: 0.0}, {7: 0, 8: 0, 9: 0}
+    for step in range(200):
+        items = [9] * 2 + [8] * (step % 3 == 0) + [7] * (step == 5)
+        right = rng.random(len(items)) < 0.4
+        shown = [MASK if rng.random() < 0.8 else 30 for _ in items]
+        logits = torch.zeros(len(items), V)
+        for row, (item, is_right) in enumerate(zip(items, right)):
+            logits[row, item if is_right else 20] = 1
+        means.see(torch.tensor(items), torch.tensor(shown), logits)
+        means.learn(OneProcess)
+        for item in set(items):
+            values = [float(not r) for i, r, x in zip(items, right, shown)
+                      if i == item and x == MASK]
+            if values:
+                seen[item] += len(values)
+                rate = min(1, len(values) / min(seen[item], 64))
+                mean[item] += rate * (np.mean(values) - mean[item])
+    assert seen[9] > 200 and 30 < seen[8] < 64 and seen[7] <= 1
+    score = means(None, torch.tensor([[7, 8, 9, 10]]), torch.tensor([[0, 1, 2, 3]]))[0]
+    weights = [(min(seen[i], 64) * mean[i] + 0.5) / (min(seen[i], 64) + 1) for i in (7, 8, 9)]
+    assert score.tolist() == pytest.approx([*weights, 0.5], abs=1e-5)
 
 
 # ---- scores -> positions

@@ -22,6 +22,7 @@ train.py --distill after-init --teacher RUN --init-frac 0 -> --init-frac
 train.py --distill complete --teacher RUN --alpha 2; train.py --alpha 0.3; train.py --tau 3
 train.py --teacher RUN; train.py --masking entropy -> --teacher
 train.py --masking entropy --teacher RUN --score-input vocabulary; train.py --score-input once
+train.py --masking entropy --teacher RUN --score-input error
 train.py --masking entropy --teacher nowhere -> not a finished run
 train.py --masking entropy --vocab-size 560 --teacher RUN -> has another tokenizer
 train.py --masking random --select low; train.py --static; train.py --masking random --init-frac 0.1
