@@ -59,7 +59,7 @@ class Job:
     teacher: Bert | None
     optimizer: torch.optim.Optimizer
     strategy: masking.Strategy  # where to mask, after --init-frac
-    means: VocabularyMean | None  # --score-input vocabulary, error: what the strategy reads
+    means: VocabularyMean | None  # --score-input vocabulary, error, context
 
 
 def masks_per_row(args, step):
@@ -313,20 +313,22 @@ def make_strategy(args, text, model, teacher):
     select = masking.SELECT[args.select]
     if args.masking == "random":
         return masking.Strategy(select=select), None
-    V, device, means = model.shape.vocab_size, next(model.parameters()).device, None
+    if args.score_input in masking.READS:
+        asked = teacher if args.masking == "entropy" else model
+        return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool), None
+    V, device = model.shape.vocab_size, next(model.parameters()).device
     if args.score_input == "vocabulary":
         # An item that was not seen yet has ln V, the entropy of a model that knows nothing: it is
         # tried soon.
         means = VocabularyMean(lambda logits, labels: masking.entropies(logits), math.log(V), V,
                                device)
-    if args.score_input == "error":
+    elif args.score_input == "error":
         # One value more, of a half: an item that was always right keeps a chance with `sample`.
         means = VocabularyMean(lambda logits, labels: (logits.argmax(-1) != labels).float(), 0.5, V,
                                device, prior=1)
-    if means:
-        return masking.Strategy(None, means, select, args.pool), means
-    asked = teacher if args.masking == "entropy" else model
-    return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool), None
+    else:
+        means = VocabularyMean(None, 0.0, V, device, asks=masking.masked)
+    return masking.Strategy(means.asks and model, means, select, args.pool), means
 
 
 def due(every, step):
@@ -431,7 +433,7 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # the flags: name, default (the laptop preset; None: it follows from others), what is allowed, help
 
-BY_ITEM = ("vocabulary", "error")  # --score-input that is learned by the model in training
+BY_ITEM = ("vocabulary", "error", "context")  # of --score-input; the model in training learns them
 
 FLAGS = {
     "Run": [
@@ -467,7 +469,8 @@ FLAGS = {
          "(--distill): the paper's external reference model"),
         ("score-input", "masked", (*masking.READS, *BY_ITEM), "what is read. masked: the text, its "
          "candidates hidden; unmasked: all of it; vocabulary, error (self): nothing, a running "
-         "mean of the vocabulary item is looked up, of its entropy or of how often it was missed"),
+         "mean of the vocabulary item is looked up, of its entropy or of how often it was missed; "
+         "context (self): as masked, less such a mean"),
         ("select", None, tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
          "row's median, in proportion, half highest and half random (default mix)"),
         ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
@@ -561,8 +564,11 @@ def check_flags(args, given):
         (not asking and args.init_frac and args.distill != "after-init",
          "--init-frac with --masking random means something only with --distill after-init"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
-        (asking and not args.pool and args.score_input == "masked", "--pool 0 with --score-input "
-         "masked would hide whole rows: give --pool 2, or --score-input unmasked"),
+        (asking and not args.pool and args.score_input in ("masked", "context"), "--pool 0 with "
+         f"--score-input {args.score_input} would hide whole rows: give --pool 2, or --score-input "
+         "unmasked"),
+        (args.score_input == "context" and args.select == "sample", "--score-input context can be "
+         "negative, and --select sample cannot draw in proportion to that: give another --select"),
         (args.masking == "entropy" and args.score_input in BY_ITEM, f"--score-input "
          f"{args.score_input} is learned by the model in training: use --masking self"),
         (args.masking == "self" and args.static, "--static masks a block alike in every epoch, and "

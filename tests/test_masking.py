@@ -199,6 +199,33 @@ def test_the_error_rate_of_an_item_is_a_mean_with_one_half_more():
     assert score.tolist() == pytest.approx([*weights, 0.5], abs=1e-5)
 
 
+def test_context_is_what_a_score_has_beyond_the_mean_of_its_item():
+    """Against plain Python, of four batches; what is not training changes nothing."""
+    strategy, means = of_flags("context", "high")
+    model, tokens = strategy.model.train(), rows_of(40) % 20 + N_SPECIAL
+    assert strategy == M.Strategy(model, means, M.high, 2)
+    mean, seen = dict.fromkeys(range(V), 0.0), dict.fromkeys(range(V), 0)
+    for step, batch in enumerate(tokens.split(10)):
+        places = pool_of(batch, 8, noise_of(10, step=step)).sort().values
+        H, items = M.masked(model, batch, places), batch.gather(1, places)
+        expected = pytest.approx([h - mean[i] if seen[i] else 0.0 for h, i in zip(
+            H.flatten().tolist(), items.flatten().tolist())], abs=1e-5)
+        assert means(model.eval(), batch, places).flatten().tolist() == expected
+        assert means(model.train(), batch, places).flatten().tolist() == expected
+        logits = torch.zeros(4, V)  # training's own predictions are not what is taken off
+        means.see(torch.full((4,), 9), torch.full((4,), MASK), logits)
+        means.learn(OneProcess)
+        for item in set(items.flatten().tolist()):
+            values = H[items == item].tolist()
+            seen[item] += len(values)
+            rate = min(1, len(values) / min(seen[item], 64))
+            mean[item] += rate * (np.mean(values) - mean[item])
+        model.head_bias.data += torch.randn(V)
+    before = means.state().clone()
+    means.learn(OneProcess)  # of a step that masked at random
+    assert torch.equal(means.state(), before) and (before[1] > 0).sum() == 20
+
+
 # ---- scores -> positions
 
 

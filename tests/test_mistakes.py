@@ -23,6 +23,7 @@ train.py --distill complete --teacher RUN --alpha 2; train.py --alpha 0.3; train
 train.py --teacher RUN; train.py --masking entropy -> --teacher
 train.py --masking entropy --teacher RUN --score-input vocabulary; train.py --score-input once
 train.py --masking entropy --teacher RUN --score-input error
+train.py --score-input context --pool 0; train.py --score-input context --select sample
 train.py --masking entropy --teacher nowhere -> not a finished run
 train.py --masking entropy --vocab-size 560 --teacher RUN -> has another tokenizer
 train.py --masking random --select low; train.py --static; train.py --masking random --init-frac 0.1

@@ -123,6 +123,7 @@ def test_flops_of_a_step_by_hand():
     assert flops(50, pool=0, score_input="unmasked") == 3 * forward(5) + forward(32)
     assert flops(50, score_input="vocabulary") == 3 * forward(5)  # looking a mean up costs nothing
     assert flops(50, score_input="error") == 3 * forward(5)
+    assert flops(50, score_input="context") == 3 * forward(5) + forward(10)
     assert flops(50, masking="random") == 3 * forward(5)
     assert flops(0, distill="complete") == 4 * forward(5)
     assert flops(50, distill="after-init") == 4 * forward(5) + forward(10)
@@ -203,6 +204,7 @@ ARMS = {  # flags -> the training losses of four steps; --teacher is added where
     "--masking self --score-input unmasked --select high --pool 0": [6.323, 5.972, 5.636, 5.742],
     "--masking self --score-input vocabulary --select mix": [6.378, 6.137, 6.037, 5.963],
     "--masking self --score-input error --select sample": [6.277, 6.031, 5.947, 5.889],
+    "--masking self --score-input context --select mix": [6.378, 6.101, 6.050, 5.915],
     "--masking entropy --score-input masked --select high": [6.373, 6.132, 5.987, 5.810],
     "--masking entropy --score-input unmasked --select sample --pool 3": [
         6.330, 6.094, 6.017, 5.923],

@@ -51,6 +51,7 @@ ARMS = {
              "complete"],
     "vocabulary": ["--score-input", "vocabulary", "--select", "sample", "--init-frac", "0.2"],
     "error": ["--score-input", "error", "--select", "sample", "--micro-batch", "2"],
+    "context": ["--score-input", "context", "--init-frac", "0.2", "--micro-batch", "4"],
     "unmasked": ["--score-input", "unmasked", "--pool", "0", "--select", "mid", "--dtype",
                  "bfloat16"],
     "static": ["--masking", "entropy", "--static", "--mask-rate", "0.3", "--mask-rate-end", "0.15"],
@@ -353,7 +354,7 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 @pytest.mark.parametrize("flags", [
     {}, {"masking": "random"}, {"score_input": "unmasked", "pool": 0},
     {"score_input": "vocabulary"}, {"score_input": "error", "pool": 0}, {"init_from": "x"},
-    {"masking": "random", "select": "sample"},
+    {"score_input": "context"}, {"masking": "random", "select": "sample"},
     {"masking": "entropy", "teacher": "x", "distill": "complete", "alpha": 1.0},
     {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
     {"micro_batch": 4}, {"positions": "learned"}, {"mask_rate": 0.3, "mask_rate_end": 0.15},
