@@ -40,6 +40,7 @@ from data.runs import (
     NotFinite, Run, State, about_context, check_new, less_memory, open_earlier, read_config,
     resume_command,
 )
+from data.tokenizer import N_SPECIAL
 from data.vocabulary import VocabularyMean
 from model import SIZES, Bert, Shape, copy_token_type, copy_weights, forward_flops, load
 
@@ -227,6 +228,26 @@ def evaluate(model, tokens, machine):
             "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
 
 
+@torch.inference_mode()
+def loss_by_frequency(model, tokens, counts, machine):
+    """The loss of evaluate(), by how often an item is in the training text, counts (V,) ->
+    {which items: [their share of the masked tokens, their mean loss in nats]}."""
+    counts = torch.as_tensor(counts)
+    which = (counts < 1000).int() + (counts < 100).int() + 1  # (V,)
+    ordinary = counts[N_SPECIAL:]
+    which[N_SPECIAL + ordinary.argsort(descending=True, stable=True)[:100]] = 0
+    positions, inputs, labels = mask_for_evaluation(tokens, model.shape.vocab_size)
+    losses = []
+    for x, p, y in zip(*(t.split(64) for t in (inputs, positions, labels))):
+        with machine.autocast():
+            logits = model(x, p).flatten(0, 1).float()
+        losses.append(F.cross_entropy(logits, y.flatten(), reduction="none"))
+    losses, which = torch.cat(losses).double().cpu(), which[labels.flatten().cpu()]
+    names = "100 most frequent", "1000 times or more", "100 times or more", "less often"
+    return {name: [(which == i).double().mean().item(), losses[which == i].mean().item()]
+            for i, name in enumerate(names) if (which == i).any()}
+
+
 # --------------------------------------------------------------------------------------------------
 # the run around it
 
@@ -252,6 +273,9 @@ def report(args, job, state, teacher_flops, evaluating):
         with_dose = state.step in (half, args.steps)
         if with_dose or due(tenth, state.step):
             line["masked"] = describe_masks(args, job, state.step, with_dose)
+        if state.step == args.steps:
+            line["loss_by_frequency"] = loss_by_frequency(
+                job.model, job.valid, job.text.counts, job.machine)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
 

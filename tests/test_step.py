@@ -102,6 +102,31 @@ def test_context_gain_is_what_another_rows_context_costs_and_0_without_attention
     assert train.evaluate(model, tokens[:1], machine)["context_gain"] is None
 
 
+def test_the_loss_by_frequency_has_the_mean_that_the_log_has():
+    torch.manual_seed(0)
+    model, machine = Bert(Shape(600, 2, 64, 34)).eval(), Namespace(autocast=nullcontext)
+    tokens = corpora.with_ends(np.random.default_rng(1).integers(5, 400, (150, 32), np.uint16))
+    counts = np.full(600, 50)
+    counts[:5] = 10**6  # of special tokens: not among the most frequent
+    counts[5:105], counts[200:300], counts[300:350] = 5000, 1000, 999
+    bins = {"100 most frequent": range(5, 105), "1000 times or more": range(200, 300),
+            "100 times or more": range(300, 350),
+            "less often": [*range(105, 200), *range(350, 400)]}
+    found = train.loss_by_frequency(model, tokens, counts, machine)
+    positions, inputs, labels = train.mask_for_evaluation(tokens, 600)
+    with torch.no_grad():
+        losses = F.cross_entropy(model(inputs, positions).flatten(0, 1), labels.flatten(),
+                                 reduction="none").tolist()
+    assert list(found) == list(bins)
+    for name, items in bins.items():
+        of = [loss for loss, item in zip(losses, labels.flatten().tolist()) if item in items]
+        assert found[name] == pytest.approx([len(of) / len(losses), np.mean(of)], abs=1e-4)
+    mean = sum(share * loss for share, loss in found.values())
+    assert mean == pytest.approx(train.evaluate(model, tokens, machine)["val_loss"], abs=1e-5)
+    few = train.loss_by_frequency(model, tokens, np.full(600, 50), machine)
+    assert list(few) == ["100 most frequent", "less often"]  # no bin without a token
+
+
 def test_flops_of_a_step_by_hand():
     model = Namespace(shape=Shape(600, 2, 64, 34), parameters=lambda: iter([torch.zeros(1)]))
 

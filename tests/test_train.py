@@ -181,6 +181,7 @@ def test_a_run_leaves_what_the_readme_says(folder, teacher, capsys, monkeypatch)
     assert log[-1]["tokens"] == 24 * 8 * 34 and log[-1]["flops"] == config["flops"]
     assert {"train_loss", "grad_norm", "lr", "tokens_per_s", "val_loss", "val_accuracy", "masked",
             "peak_memory_mb"} <= set(log[-1])
+    assert ["loss_by_frequency" in line for line in log] == [False] * 6 + [True]
     assert log[-1]["masked"]["rate"] == pytest.approx(5 / 32, rel=0.1)
     saved = load_tensors(teacher / "checkpoint.pt")
     decayed, plain = saved["optimizer"]["param_groups"]
