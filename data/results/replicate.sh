@@ -1,0 +1,150 @@
+#!/usr/bin/env bash
+# Does any choice of masks make a better model? The runs of plan.md, third part. From the repository's folder:
+#
+#     SEEDS=0 ARMS="random self" bash data/results/replicate.sh      # what to try first
+#     bash data/results/replicate.sh                                 # all that is planned: days of two cores
+#     python -m data.results.quality runs/replicate/quality.jsonl    # the table and the picture of either
+#
+# It can be killed and started again at any time and repeats nothing: a finished run is a line of OUT,
+# an interrupted one is resumed, every score is kept at once. What it may be given, as NAME=VALUE before it:
+#
+#     DRY=1         only print the commands, and how long they take by a few steps of each arm
+#     SEEDS, ARMS   numbers and names from the lists below (default: as planned, in the plan's order)
+#     JOBS          runs at a time, each with one thread (2)
+#     CORPUS, GLUE  a text; a folder with GLUE's files (default: WikiText-103 and the official files, downloaded)
+#     DTYPE         bfloat16; float32 for a CPU that only emulates it. All runs of a seed need the same
+#     RUNS, CACHE, OUT, PYTHON    folders, the file with the lines, and the program
+#     FLAGS, FINE   more flags for train.py and for glue.py, as a test of this script has
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+export PYTHON=${PYTHON:-python} CORPUS=${CORPUS:-wikitext103} GLUE=${GLUE:-}
+export DRY=${DRY:-} FLAGS=${FLAGS:-} FINE=${FINE:-} RUNS=${RUNS:-runs/replicate} CACHE=${CACHE:-data/cache}
+export OMP_NUM_THREADS=1 OUT=${OUT:-$RUNS/quality.jsonl} MACHINE="--dtype ${DTYPE:-bfloat16} --threads 1"
+mkdir -p "$RUNS"
+
+# ARM SEED -> flags, an array: how the arm differs from random masking. The steps of `longer` have the FLOPs
+# of self, those of `fall` and `error-fall` the FLOPs of random: train.py --flops-of RUN, of 10 000 steps.
+set_flags() {
+    local own="--masking self --pool 2 --init-frac 0.15"
+    local entropy="--masking entropy --score-input masked --select mix --pool 2 --init-frac 0.15"
+    local teacher=(--teacher "$RUNS/teacher-$((($2 + 2) / 3))")  # one for three seeds
+    local falling="--mask-rate 0.3 --mask-rate-end 0.15 --steps 8297"
+    case $1 in
+    teacher) flags=(--masking random --size wide --corpus-tokens 0 --steps 20000 --seed $((100 + $2))) ;;
+    random) flags=(--masking random) ;;
+    longer) flags=(--masking random --steps 14014) ;;
+    self) flags=($own --score-input masked --select mix) ;;
+    high | low) flags=($own --score-input masked --select "$1") ;;
+    error) flags=($own --score-input error --select sample) ;;
+    vocabulary | context) flags=($own --score-input "$1" --select mix) ;;
+    literal) flags=(--masking self --pool 0 --init-frac 0.15 --score-input unmasked --select high) ;;
+    fall) flags=(--masking random $falling) ;;
+    error-fall) flags=($own --score-input error --select sample $falling) ;;
+    distill) flags=(--masking random --distill complete "${teacher[@]}") ;;
+    entropy) flags=($entropy "${teacher[@]}") ;;
+    entropy-distill) flags=($entropy --distill complete "${teacher[@]}") ;;
+    static) flags=(--masking random --static) ;;
+    redrawn) flags=(--masking random --select sample) ;;  # A/A: other masks, the same weights and order
+    *) echo "ARMS: there is no arm $1" >&2 && exit 2 ;;
+    esac
+    flags=(--seed "$2" --corpus "$CORPUS" --corpus-tokens 5200000 --steps 10000 --warmup-frac 0.02 --decay-frac 0.125
+        --eval-every 1000 --checkpoint-every 1000 --cache "$CACHE" $MACHINE "${flags[@]}" $FLAGS)
+}
+
+scorings() {  # SEED -> a line of glue.py's flags for each recipe
+    local four=SST-2,QQP,MNLI,QNLI
+    echo "--tasks $four,STS-B --epochs 1 --seeds 3"
+    echo "--tasks $four --freeze"
+    if [[ $1 =~ ^1[012]$ ]]; then echo "--tasks $four --epochs 3"; fi
+}
+
+say() {  # COMMAND...: run it, its output in $run.txt; with DRY only print it
+    if [ "$DRY" ]; then printf "%q " "$@" && echo; else "$@" >> "$run.txt" 2>&1; fi
+}
+
+one() {  # ARM SEED: pretrain, fine-tune, keep
+    local name=${1-}-${2-} run=$RUNS/${1-}-${2-} flags scoring
+    if [ $# = 0 ] || grep -qs "\"run\": \"$name\"" "$OUT"; then return; fi
+    set -o pipefail
+    set_flags "$1" "$2"
+    if [ -e "$run/config.json" ]; then flags=(--resume "$run" --cache "$CACHE"); else flags+=(--out "$run"); fi
+    # Stopped or broken: xargs ends, and nothing is kept. A run that diverged is a result, though.
+    [ -e "$run/model.pt" ] || say "$PYTHON" train.py "${flags[@]}" ||
+        tail -n 3 "$run.txt" | grep -q "is not finite" || broken
+    # Scores of random weights are kept in RUNS: those of other recipes, elsewhere, are not taken for them.
+    if [ "$1" != teacher ] && { [ -e "$run/model.pt" ] || [ "$DRY" ]; }; then
+        while read -r scoring; do
+            say "$PYTHON" glue.py "$run" --glue-dir "$GLUE" --cache "$RUNS" $MACHINE $scoring $FINE < /dev/null ||
+                broken
+        done < <(scorings "$2")
+    fi
+    if [ "$DRY" ]; then measure "$1" "$2"
+    elif [ "$1" != teacher ]; then
+        { [ ! -e "$run/model.pt" ] || "$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl; } \
+            2>> "$run.txt" | "$PYTHON" -m data.results.quality "$OUT" --keep "$run" || broken
+        echo "$(date +%H:%M) $name"
+    fi
+}
+broken() {  # 255: xargs starts no other run
+    tail -n 1 "$run.txt" >&2
+    exit 255
+}
+
+# ARM SEED: add to the file `minutes` what it takes, by 20 steps. Its fine-tuning takes about as long as the
+# pretraining of `random` (measured on an AMD EPYC with bfloat16: 5.1 and 5.7 minutes).
+measure() {
+    local finished=$RUNS/$1-$2/model.pt RUNS=$MEASURED run=$MEASURED/$1-$2 flags steps
+    for arm in random "$1"; do
+        if [ -e "$MEASURED/$arm" ]; then continue; fi
+        run=$MEASURED/$arm-$2
+        set_flags "$arm" "$2"
+        steps=$(sed 's/.*--steps \([0-9]*\).*/\1/' <<< "${flags[*]}")  # the last one counts
+        "$PYTHON" train.py "${flags[@]}" --out "$run" --steps 20 --eval-every 0 --eval-blocks 2 > "$run.txt" 2>&1 ||
+            broken
+        tail -n 1 "$run/log.jsonl" | sed 's/.*"seconds": \([0-9.]*\).*/\1/' |
+            awk "{ print \$1 / 20 * $steps / 60 }" > "$MEASURED/$arm"
+    done
+    [ -e "$finished" ] || cat "$MEASURED/$1" >> "$MEASURED/minutes"
+    [ "$1" = teacher ] || cat "$MEASURED/random" >> "$MEASURED/minutes"
+    echo "\"run\": \"$1-$2\"" >> "$OUT"  # a copy: no run is told twice
+}
+export -f set_flags scorings say one broken measure
+
+asked() { [ -z "${ARMS:-}" ] || [[ " $ARMS " == *" $1 "* ]]; }
+all() { xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one; }
+stage() {  # "ARMS" SEEDS...: what is asked for of these, seed by seed
+    local arms=$1 arm seed
+    shift
+    for seed in ${SEEDS:-$*}; do
+        for arm in $arms; do if asked "$arm"; then echo "$arm $seed"; fi; done
+    done | all
+}
+teachers() {  # SEEDS...
+    local seed
+    if asked distill || asked entropy || asked entropy-distill; then
+        for seed in ${SEEDS:-$*}; do echo "teacher $(((seed + 2) / 3))"; done | sort -u | all
+    fi
+}
+
+for arm in ${ARMS:-}; do set_flags "$arm" 0; done  # is there such an arm?
+JOBS=${JOBS:-2} at_once=${JOBS:-2}
+if [ "$DRY" ]; then
+    JOBS=1 MEASURED=$(mktemp -d)
+    export MEASURED
+    trap 'rm -rf "$MEASURED"' EXIT
+    if [ -e "$OUT" ]; then cp "$OUT" "$MEASURED/quality.jsonl"; fi
+    OUT=$MEASURED/quality.jsonl
+fi
+# Random weights are scored beside the first run of their seed. So that no two commands wait for each other
+# there, `random` is that run.
+stage random {10..21}
+stage "longer self error fall" {10..21}
+teachers {10..18}
+stage "distill entropy-distill" {10..18}
+stage "vocabulary context high low redrawn" {10..15}
+stage "entropy static literal" {10..12}
+stage "fall error-fall" {22..33}  # the moonshot: the candidate of the plan, or what its rule chose
+if [ "$DRY" ]; then
+    awk "{ sum += \$1 / $at_once } END { printf \"about %d h %02d min, $at_once at a time\n\", sum / 60, sum % 60 }" \
+        "$MEASURED/minutes" >&2
+fi

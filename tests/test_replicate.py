@@ -1,0 +1,331 @@
+"""Does any choice of masks make a better model: the commands, the lines that are kept, the table.
+
+    python -m pytest tests/test_replicate.py -q
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+
+import pytest
+import torch
+
+import train
+from data.results import quality
+from data.results.quality import CONTRASTS, confirm, ninety, read_lines, verdict
+from data.runs import read_log
+from data.tasks import PRIMARY, TASKS
+from model import Shape
+from tests.helpers import LABELS, ROOT, WORDS, refused, write_corpus, write_task
+
+SCRIPT = ["bash", ROOT / "data/results/replicate.sh"]
+WEIGHTS = "random weights"
+
+# ---- the script, with a python that does nothing but say what it was asked
+
+FAKE = """#!/bin/sh
+echo "$@" >> "$CALLS"
+out=$(echo "$@" | sed -n 's/.*--out \\([^ ]*\\).*/\\1/p')
+case "$*" in
+*--keep*) cat > /dev/null; echo "{\\"run\\": \\"$(basename "$5")\\"}" >> "$3" ;;
+glue.py*--table*) echo scores ;;
+train.py*--seed\\ 13*static*) mkdir -p "$out"; echo "loss is not finite at step 9" >&2; exit 1 ;;
+train.py*$BREAKS*) mkdir -p "$out"; touch "$out/config.json"; echo "no memory" >&2; exit 1 ;;
+train.py*) out=${out:-$3}; mkdir -p "$out"; touch "$out/config.json" "$out/model.pt"
+    echo '{"step": 20, "seconds": 1.2}' > "$out/log.jsonl" ;;
+esac
+"""
+
+
+def run_script(folder, **variables):
+    """-> (the finished process, the commands that it gave, sorted)"""
+    python, calls = folder / "python", folder / "calls"
+    python.write_text(FAKE)
+    python.chmod(0o755)
+    calls.write_text("")
+    done = subprocess.run(SCRIPT, text=True, capture_output=True, env={
+        **os.environ, "PYTHON": str(python), "CALLS": str(calls), "RUNS": str(folder / "runs"),
+        "CACHE": "c", "CORPUS": "text", "GLUE": "tsv", "BREAKS": "never", **variables})
+    return done, calls.read_text().splitlines()
+
+
+def kept(folder):
+    return [json.loads(line)["run"]
+            for line in (folder / "runs/quality.jsonl").read_text().splitlines()]
+
+
+def test_all_that_is_planned_is_run_once_and_a_broken_run_goes_on(tmp_path):
+    broken, _ = run_script(tmp_path, BREAKS="--seed 12 *context", JOBS="1")
+    assert broken.returncode and "no memory" in broken.stderr
+    before = kept(tmp_path)
+    done, calls = run_script(tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert not any(f"{run} " in f"{line} " for run in before for line in calls)
+    assert sum("--resume" in line for line in calls) == 1
+    found = kept(tmp_path)
+    assert found[:12] == [f"random-{seed}" for seed in range(10, 22)]
+    planned = {f"{arm}-{seed}" for pair, seeds in CONTRASTS.items() for arm in pair
+               for seed in seeds if arm != WEIGHTS}
+    assert len(found) == len(set(found)) and set(found) == planned
+    assert len(list((tmp_path / "runs").glob("teacher-?"))) == 3
+    assert run_script(tmp_path)[1] == []
+
+
+def test_a_run_that_diverged_is_kept_without_scores(tmp_path):
+    _, calls = run_script(tmp_path, SEEDS="13", ARMS="static")
+    assert [line.split()[0] for line in calls] == ["train.py", "-m"] and kept(tmp_path) == [
+        "static-13"]
+
+
+def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
+    done, calls = run_script(tmp_path, SEEDS="0", ARMS="random fall", DRY="1", JOBS="3")
+    printed = [line.split()[1:] for line in done.stdout.splitlines()]
+    assert [words[0] for words in printed] == ["train.py", "glue.py", "glue.py"] * 2
+    caches = [words[words.index("--cache") + 1] for words in printed]
+    assert caches == ["c", *[str(tmp_path / "runs")] * 2] * 2
+    # 20 steps took 1.2 s: 10 minutes and 8.3, and twice random's for the fine-tunings.
+    assert "about 0 h 12 min, 3 at a time" in done.stderr
+    assert not list((tmp_path / "runs").iterdir()) and len(calls) == 2
+
+
+def test_no_such_arm(tmp_path):
+    done, calls = run_script(tmp_path, ARMS="random slef")
+    assert done.returncode == 2 and "there is no arm slef" in done.stderr and not calls
+
+
+@pytest.fixture(scope="module")
+def arms(tmp_path_factory):
+    """{arm: the flags of seed 10} of all trainings, as train.py reads them."""
+    folder, found = tmp_path_factory.mktemp("arms"), {}
+    _, calls = run_script(folder, SEEDS="10")
+    for line in calls:
+        words = line.split()
+        if words[0] == "train.py":
+            args, *_ = train.parse_args([*words[1:-2], "--out", str(folder / "new")])
+            found[words[-1].split("/")[-1].rpartition("-")[0]] = args
+    return found
+
+
+def test_every_arm_differs_from_random_by_what_the_plan_says(arms):
+    own = {"masking": "self", "init_frac": 0.15, "select": "mix"}
+    entropy = {**own, "masking": "entropy"}
+    falling = {"mask_rate": 0.3, "steps": 8297}  # it ends at 15 %, as random does
+    error = own | {"select": "sample", "score_input": "error"}
+    high = {name: value for name, value in own.items() if name != "select"}
+    assert {arm: {name: value for name, value in vars(args).items()
+                  if value != getattr(arms["random"], name) and name not in ("out", "teacher")}
+            for arm, args in arms.items()} == {  # settled: without entropies, select is "high"
+        "teacher": {"seed": 104, "size": "wide", "corpus_tokens": 0, "steps": 20000, "lr": 1e-3},
+        "random": {}, "longer": {"steps": 14014}, "self": own, "error": error, "fall": falling,
+        "error-fall": error | falling, "high": high,
+        "low": own | {"select": "low"}, "vocabulary": own | {"score_input": "vocabulary"},
+        "context": own | {"score_input": "context"}, "distill": {"distill": "complete"},
+        "entropy": entropy, "entropy-distill": entropy | {"distill": "complete"},
+        "static": {"static": True}, "redrawn": {"select": "sample"},
+        "literal": high | {"score_input": "unmasked", "pool": 0}}
+    assert {arm for arm, args in arms.items() if args.teacher} == {
+        "entropy", "distill", "entropy-distill"}
+
+
+@pytest.mark.parametrize("arm, other", [("longer", "self"), ("fall", "random"),
+                                        ("error-fall", "random")])
+def test_steps_are_those_of_equal_flops(arm, other, arms):
+    def prepare(arm):
+        model = Namespace(shape=Shape(8192, 2, 128, 128), parameters=lambda: iter([torch.ones(1)]))
+        strategy, _ = train.make_strategy(arms[arm], None, model, None)
+        return arms[arm], Namespace(model=model, strategy=strategy)
+
+    flops = train.count_flops(*prepare(other), range(arms[other].steps))
+    assert arms[arm].steps == train.steps_for(flops, *prepare(arm))
+
+
+# ---- the script, with all that it runs, on a toy text
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    folder, rng = tmp_path_factory.mktemp("toy corpus"), random.Random(0)
+    write_corpus(folder / "text.txt", documents=300)
+    for task in (*PRIMARY, "STS-B"):
+        sentences = [" ".join(rng.choices(WORDS, k=5)) for _ in range(48)]
+        write_task(folder / "glue", task, [
+            (a, b, rng.choice(LABELS[task])) for a, b in zip(sentences[::2], sentences[1::2])], 12)
+    return folder
+
+
+def test_a_toy_is_replicated_and_killed_on_the_way(toy, monkeypatch, capsys):
+    runs = toy / "runs"
+    env = {**os.environ, "PYTHON": sys.executable, "CORPUS": str(toy / "text.txt"),
+           "GLUE": str(toy / "glue"), "CACHE": str(toy / "cache"), "RUNS": str(runs),
+           "DTYPE": "float32", "SEEDS": "0", "ARMS": "error", "FINE": "--max-train 16",
+           "FLAGS": "--vocab-size 600 --layers 2 --width 64 --seq-len 34 --batch-size 8 --steps 60 "
+                    "--eval-blocks 8 --eval-every 0 --checkpoint-every 5 --log-every 5"}
+    first = subprocess.Popen(SCRIPT, env=env, start_new_session=True)
+    while first.poll() is None and not any(
+            line["step"] >= 10 for line in read_log(runs / "error-0")):
+        time.sleep(0.01)
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    assert not (runs / "error-0/model.pt").exists() and not (runs / "quality.jsonl").exists()
+    done = subprocess.run(SCRIPT, env=env, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    weights, = read_lines(runs / "quality.jsonl").pop(WEIGHTS).values()
+    error, = read_lines(runs / "quality.jsonl")["error"].values()
+    assert len(json.loads((runs / "error-0/config.json").read_text())["starts"]) == 2
+    scored = {(task, seed) for task in (*PRIMARY, "STS-B") for seed in range(3)}
+    for line in (error, weights):
+        assert {(e["task"], e["seed"]) for e in quality.by_recipe(line, quality.RECIPE)} == scored
+        assert len(quality.by_recipe(line, {"freeze": True})) == 4 and len(line["scores"]) == 19
+        assert line["dtype"] == "float32" and {"machine", "torch", "commit"} <= line.keys()
+        for e in line["scores"]:
+            right = e["correct"].count("1") / 12
+            assert e["task"] == "STS-B" or 100 * right == pytest.approx(
+                e["parts"][TASKS[e["task"]].parts[0]], abs=0.01)
+    assert str(toy) not in (runs / "quality.jsonl").read_text()
+    assert sum(share for share, _ in error["bins"].values()) == pytest.approx(1)
+    before = (runs / "quality.jsonl").read_bytes()
+    assert subprocess.run(SCRIPT, env=env).returncode == 0
+    assert (runs / "quality.jsonl").read_bytes() == before
+
+
+# ---- the table, of lines made by hand: four tasks of ten rows
+
+FIRST = range(10, 22)
+
+
+def run(arm, seed, right, **more):
+    """A run that has the first `right` of ten rows right in each task: ten points a row."""
+    where = {"device": "cpu", "dtype": "float32", "torch": "2", "machine": "ours", "commit": "c0"}
+    return {**where, "run": f"{arm}-{seed}", "arm": arm, "seed": seed, "finished": True,
+            "flops": 100, "teacher_flops": 0, "teacher_sha256": "", "val_loss": 5.0, "scores": [
+                {**where, "task": task, "seed": 0, "recipe": {"epochs": 1, "freeze": False},
+                 "score": 10 * right, "parts": dict.fromkeys(TASKS[task].parts, 10 * right),
+                 "rows": [9, 10], "correct": f"{int('1' * right + '0' * (10 - right), 2):x}"}
+                for task in PRIMARY], **more}
+
+
+def lines():
+    """12 seeds: longer gains a row on the first two, self on the even ones, error on nine."""
+    return [line for seed in FIRST for line in (
+        run(WEIGHTS, seed, 5, flops=0), run("random", seed, 6),
+        run("longer", seed, 6 + (seed < 12), flops=140),
+        run("self", seed, 7 - seed % 2, flops=140, loss_by_frequency={"less often": [0.1, 7.5]}),
+        run("error", seed, 6 + (seed < 19)))]
+
+
+def printed(some, tmp_path, capsys):
+    """-> what the script prints of these lines"""
+    (tmp_path / "quality.jsonl").write_text("".join(json.dumps(line) + "\n" for line in some))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.argv", ["quality", str(tmp_path / "quality.jsonl")])
+        quality.main()
+    return capsys.readouterr().out
+
+
+def cells(out, arm, control):
+    return next(([c.strip() for c in line.split("|")[3:-1]] for line in out.splitlines()
+                 if line.replace(" ", "").startswith(f"|{arm}|{control}|")), None)
+
+
+def test_the_table_by_hand(tmp_path, capsys):
+    out = printed(lines(), tmp_path, capsys)
+    # Six differences of 10 and six of 0: mean 5, error sqrt(300 / 11 / 12) = 1.508, t 3.317 with 11
+    # degrees of freedom; the 97.5 % point of t is 2.201, that of 95 % 1.796. All six must have one
+    # sign for a sum as far from 0: 2 of 64. Rows: in each task one of ten differs, in half of the
+    # seeds: sqrt(4 (0.25 / 10 - 0.05^2) / 10) / 4 = 2.37 points; together 2.81.
+    assert cells(out, "self", "random") == [
+        "12", "+5.00 [+1.68, +8.32]", "[+2.29, +7.71]", "0.0069", "0.0312", "0.2078", "2.81",
+        "1.40", "1.40", "2.75", "gain"]
+    # Five of 10, one of -10: mean 3.33, error sqrt((600 - 133.3) / 11 / 12) = 1.880, t 1.773. It is
+    # the larger p of self, and the second of Holm's three: twice.
+    assert cells(out, "self", "longer")[:6] == [
+        "12", "+3.33 [-0.81, +7.47]", "[-0.04, +6.71]", "0.1039", "0.2188", "0.2078"]
+    # Nine of 10: mean 7.5, error sqrt(225 / 11 / 12) = 1.306, t 5.745: p 0.00013, three times.
+    assert cells(out, "error", "random")[3:6] == ["0.0001", "0.0039", "0.0004"]
+    # Two of 10: 1.67 points for 0.487 doublings; so self's 5 points are worth 2^(5 / 3.42) times.
+    assert "doubling of random masking's steps gives +3.42 points" in out
+    assert cells(out, "random", "randomweights")[6:9] == ["4.74", "-", "-"]
+    picture = (tmp_path / "quality.svg").read_text()
+    assert "the paper&#x27;s +5 % here" in picture and "self - longer" in picture
+
+
+def test_nothing_is_shown_below_its_number_of_pairs(tmp_path, capsys):
+    some = [line for line in lines() if line["run"] not in ("self-21", "random weights-10")]
+    out = printed([*some, run("self", 22, 9), run("random", 22, 6)], tmp_path, capsys)
+    assert "self - random: 11 of 12 pairs, not shown yet" in out
+    assert cells(out, "self", "random") is None and cells(out, "error", "random")
+    assert "self" not in out.split("arm ")[1] and not (tmp_path / "quality.svg").exists()
+
+
+def test_seeds_of_no_plan_are_shown_apart(tmp_path, capsys):
+    out = printed([run("random", 0, 6), run("self", 0, 9)], tmp_path, capsys)
+    assert out.rstrip().splitlines()[-1].split("|")[2:4] == ["   1 ", "            +30.00 "]
+
+
+@pytest.mark.parametrize("change, said", [
+    ({"dtype": "bfloat16"}, "error - random, seed 12: left out, for another dtype"),
+    ({"torch": "3"}, "error - random, seed 12: left out, for another torch"),
+    ({"scores": run("error", 12, 7)["scores"][1:]},
+     "error - random, seed 12: left out, for another fine-tunings"),
+    ({"machine": "theirs"}, "error - random, seed 12: not of one processor")])
+def test_pairs_that_cannot_be_compared_are_named(change, said, tmp_path, capsys):
+    some = [{**line, **change} if line["run"] == "error-12" else line for line in lines()]
+    out = printed(some, tmp_path, capsys)
+    assert said in out and (cells(out, "error", "random") is None) == ("left out" in said)
+
+
+def test_a_pair_of_two_teachers_is_left_out_and_each_teacher_has_its_mean(tmp_path, capsys):
+    some = [run(arm, seed, right + (seed > 12), teacher_sha256="abc"[seed // 3 - 3] * 64,
+                teacher_flops=100) for seed in range(9, 18)
+            for arm, right in (("distill", 6), ("entropy-distill", 6 + (seed < 12)))]
+    for line in some:
+        line["seed"] += 1
+        line["run"] = f"{line['arm']}-{line['seed']}"
+    out = printed(some, tmp_path, capsys)
+    assert "teacher aaaaaaaa: +10.00" in out and "teacher cccccccc: +0.00" in out
+    some[0]["teacher_sha256"] = "d" * 64
+    assert "seed 10: left out, for another teacher" in printed(some, tmp_path, capsys)
+
+
+def test_a_run_that_diverged_counts_as_its_random_weights(tmp_path, capsys):
+    some = [{**line, "finished": False, "scores": []} if line["run"] == "error-21" else line
+            for line in lines()]
+    out = printed(some, tmp_path, capsys)  # nine of 10, two of 0, and -10
+    assert cells(out, "error", "random")[:2] == ["12", "+6.67 [+2.53, +10.81]"]
+
+
+def test_a_line_of_another_commit_is_refused(tmp_path, monkeypatch, capsys):
+    some = lines()
+    some[9]["scores"][2]["commit"] = "c1"
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, some)))
+    line = refused(["data/results/quality.py", tmp_path / "q.jsonl"], monkeypatch, capsys)
+    assert "error-11 is of commit" in line
+
+
+def test_self_must_differ_from_both_of_its_controls_in_one_direction():
+    def found(*differences):
+        return {("self", control): {"difference": d, "p_t": p}
+                for control, d, p in zip(("random", "longer"), differences, (0.001, 0.02))}
+
+    rest = {("error", "random"): {"difference": 1, "p_t": 0.01},
+            ("entropy-distill", "distill"): {"difference": 1, "p_t": 0.5}}
+    assert confirm(found(1, 2) | rest) == pytest.approx(
+        {"error": 0.03, "self": 0.04, "entropy-distill": 0.5})
+    assert confirm(found(1, -2) | rest)["self"] == 1
+    assert confirm(found(1) | rest)["self"] == 1  # the other is not full yet
+
+
+@pytest.mark.parametrize("difference, smallest, said", [
+    (4.5, None, "gain"), (4.5, 9.0, "gain, too small to matter"), (-4.5, 1.0, "loss"),
+    (1.0, None, "inconclusive"), (1.0, 4.5, "inconclusive"), (1.0, 4.7, "no gain that matters")])
+def test_the_verdict_knows_the_smallest_effect(difference, smallest, said, monkeypatch):
+    monkeypatch.setattr(quality, "SMALLEST", smallest)
+    result = {"difference": difference, "seed_error": 2.0, "seeds": range(12),
+              "low": difference - 4.402, "high": difference + 4.402}
+    assert ninety(result) == pytest.approx([difference - 3.592, difference + 3.592], abs=1e-3)
+    assert verdict(result) == said
