@@ -292,13 +292,14 @@ def read_log(run):
 
 
 def about_context(log):
-    """Lines of a log -> in words, what context is worth to the model and since when."""
+    """Lines of a log -> in words, whether the model uses context, and since when."""
     gains = [(line["step"], line["context_gain"]) for line in log
              if line.get("context_gain") is not None]
     if not gains:
-        return "what context is worth needs two held-out blocks"
+        return "whether it uses context takes two held-out blocks to see"
     before = [i for i, (_, gain) in enumerate(gains) if gain <= USES_CONTEXT]
     if before and before[-1] == len(gains) - 1:
         return "it uses no context yet: train for more --steps"
     step = gains[before[-1] + 1 if before else 0][0]
-    return f"context is worth {gains[-1][1]:.2f} nats to it, and has been used since step {step}"
+    return (f"it has used context since step {step}: with that of another text its loss is "
+            f"{gains[-1][1]:.2f} nats higher")

@@ -132,7 +132,7 @@ def test_a_finished_run_is_kept_as_one_line(tmp_path):
     (run / "config.json").write_text(json.dumps({
         "flags": {"seed": 31, "steps": 25, "corpus_tokens": 0, "batch_size": 16, "seq_len": 128},
         "parameters": 1, "unigram_entropy": 7.00004, "flops": 5, "teacher_flops": 2,
-        "starts": [start], **dict.fromkeys(names, "")}))
+        "experiment": [], "starts": [start], **dict.fromkeys(names, "")}))
     line = {"step": 0, "val_loss": 9.00012, "context_gain": -0.00004}
     lines = line, {"step": 10}, {"step": 25, "val_loss": 8.5, "context_gain": 0.25}
     (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

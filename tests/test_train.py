@@ -227,9 +227,10 @@ def test_it_learns_below_the_unigram_entropy(known):
 
 @pytest.mark.parametrize("gains, words", [
     ([0.0, 0.1, 0.2], "uses no context yet"), ([0.0, 0.4, 0.2], "uses no context yet"),
-    ([0.0, 0.4, 0.2, 0.3, 0.9], "is worth 0.90 nats to it, and has been used since step 30"),
-    ([0.0, 0.26], "worth 0.26 nats to it, and has been used since step 10"),
-    ([0.3, 0.3], "since step 0"), ([None, None], "needs two held-out blocks")])
+    ([0.0, 0.4, 0.2, 0.3, 0.9], "used context since step 30: with that of another text its loss is "
+     "0.90 nats higher"),
+    ([0.0, 0.26], "since step 10"), ([0.3, 0.3], "since step 0"),
+    ([None, None], "takes two held-out blocks")])
 def test_the_end_says_since_when_context_is_used(gains, words):
     log = [{"step": 10 * i, "context_gain": gain} for i, gain in enumerate(gains)]
     assert words in about_context([{"step": 5}, *log])
