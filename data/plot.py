@@ -124,7 +124,7 @@ def draw_curves(arms, levels, title="held-out loss (nats)", label="training toke
     names = list(arms)
     body = panel(arms, levels, title, label, unit, names)
     if gains:
-        below = panel(gains, {}, "context gain (nats): how much worse without the rest of the row",
+        below = panel(gains, {}, "context gain (nats): how much worse in another text's context",
                       label, unit, names, "below")
         body += [f'<g transform="translate(0 {HEIGHT})">', *below, "</g>"]
     return svg(body, WIDTH, HEIGHT * (2 if gains else 1))
