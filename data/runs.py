@@ -3,7 +3,7 @@
     runs/self-0/  config.json         every flag, hashes of corpus, tokenizer and teacher, FLOPs,
                                       and the machine and versions of each start
                   tokenizer.model     the vocabulary
-                  log.jsonl           a JSON object a line, see the README
+                  log.jsonl           a JSON object a line, see data/results/keys.md
                   checkpoint.pt       everything needed to go on; checkpoint.prev.pt the one before
                   model.pt            the final weights: a folder that has it is finished
 
