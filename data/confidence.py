@@ -23,13 +23,13 @@ def t_test_p(t, df):
     return max(0.0, 1 - (2 / math.pi * (angle + total) if df % 2 else total))
 
 
-def t_quantile(df):
-    """The t that is exceeded, on either side, with 5 %: half the width of a 95 % interval in
-    standard errors. By bisection; the largest, at df 1, is 12.7."""
+def t_quantile(df, share=0.05):
+    """The t that is exceeded, on one side or the other, with this share: 0.05 gives half the width
+    of a 95 % interval in standard errors. By bisection; the largest of these, at df 1, is 12.7."""
     low, high = 0.0, 100.0
     for _ in range(60):
         middle = (low + high) / 2
-        low, high = (low, middle) if t_test_p(middle, df) < 0.05 else (middle, high)
+        low, high = (low, middle) if t_test_p(middle, df) < share else (middle, high)
     return middle
 
 

@@ -30,7 +30,7 @@ from data.tokenizer import (
     CLS, MASK, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer,
 )
 
-FORMAT = 2  # raise it when the same text would give other tokens: caches are then built anew
+FORMAT = 3  # raise it when the same text would give other tokens: caches are then built anew
 MIN_DOCUMENT = 16  # tokens; shorter ones share a [SEP], so that >= 16/17 of a block is maskable
 VALID_EVERY = 50  # one document in 50 is held out: 2 %
 TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly changes
@@ -118,9 +118,10 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
     parts, characters, sample = sample_paragraphs(paths, corpus)
     documents = parts.total() - parts["test"]
     if documents < 2 or not sample:
-        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} held out by "
-                        "their files' names: too few to train on one and hold out another (one "
-                        "paragraph a line, a blank line between documents)")
+        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} held out and "
+                        f"{parts['test']} more left out by their files' names: too few to train on "
+                        "one and hold out another (one paragraph a line, a blank line between "
+                        "documents)")
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     else:
@@ -252,8 +253,9 @@ def load_text(args, earlier, machine, tokenizer=None):
 
     tokenizer: a tokenizer.model to encode --corpus with, whatever an earlier run has read.
     """
-    def find():
-        return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, tokenizer)
+    def find():  # a text that must be prepared anew is encoded as an earlier run has read it
+        given = tokenizer or earlier and Path(args.out) / "tokenizer.model"
+        return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, given)
 
     if not earlier or tokenizer:
         return load(machine.in_turn(find), args.seq_len, args.corpus_tokens)

@@ -93,7 +93,10 @@ def parallel_map(function, items, processes):
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the parent
         gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
         for item in items:
-            pipe.send(function(item))
+            try:
+                pipe.send((function(item), None))
+            except Exception as error:
+                pipe.send((None, error))
 
     for i in range(processes):
         reading, writing = context.Pipe(duplex=False)
@@ -101,4 +104,7 @@ def parallel_map(function, items, processes):
         context.Process(target=work, args=(items[i::processes], writing), daemon=True).start()
         writing.close()
     for i in range(len(items)):
-        yield pipes[i % processes].recv()
+        value, error = pipes[i % processes].recv()
+        if error:
+            raise error
+        yield value

@@ -34,7 +34,7 @@ def bytes_of(shape, tokens):
 
 
 def free_memory():
-    """Bytes that this process may still take: of the machine, and of its control group."""
+    """Bytes that this process may still take: of the machine, or of the container."""
     with open("/proc/meminfo") as f:
         fields = dict(line.split(":") for line in f)
     free = int(fields["MemAvailable"].split()[0]) << 10
@@ -46,12 +46,12 @@ def free_memory():
 
 def processes_for(machine, asked, sizes):
     """How many jobs, of these sizes in bytes, may run side by side on this Machine: as many as are
-    `asked` for, or (0) as fit its cores and memory. From two on, each has one thread, a last one,
-    too: the number of threads changes how sums are rounded."""
+    `asked` for, or (0) as fit its cores and memory. Unless one is asked for, each has one thread,
+    however many fit: the number of threads changes how sums are rounded."""
     if torch.cuda.is_available() or sys.platform != "linux":
         return 1  # a GPU is one, and what has looked for one, or is no Linux, cannot be forked
     processes = asked or max(1, min(machine.threads, free_memory() // max(sizes, default=1)))
-    if processes > 1:
+    if asked != 1 and machine.threads > 1:
         machine.threads = 1
         torch.set_num_threads(1)  # more would wait in a fork for threads that it does not have
         print(f"{processes} at a time, each with one thread")
@@ -164,6 +164,8 @@ def value_of(pipe, process):
         value, error = pipe.recv()
     except EOFError:
         process.join()
+        if process.exitcode != -signal.SIGKILL:
+            raise RuntimeError(f"a job ended without a value, with status {process.exitcode}")
         raise UserError("a process was killed from outside, for want of memory perhaps: give the "
                         "command again, with fewer --jobs")
     pipe.close()

@@ -103,7 +103,7 @@ def curves(runs):
         raise UserError("these runs have different tokenizers: their losses, in nats per token, "
                         "cannot be compared")
     H, *others = unigram
-    levels = {"plateau: no context used": WITHOUT_CONTEXT * H, "unigram entropy": H}
+    levels = {"reachable without context": WITHOUT_CONTEXT * H, "unigram entropy": H}
     return losses, {} if others else levels, gains
 
 

@@ -332,9 +332,9 @@ def notes_on_runs(arms, rows):
                          + ", ".join(short))
         margin = min((m.pretraining.margin for m in members if m.pretraining), default=math.inf)
         if margin < PLATEAU_MARGIN:
-            notes.append(f"{arm} uses too little context: its held-out loss is {-margin:+.2f} nats "
-                         f"from {WITHOUT_CONTEXT} of the unigram entropy, and should be "
-                         f"{-PLATEAU_MARGIN} or less")
+            notes.append(f"{arm}: its held-out loss does not show that it uses context: it is "
+                         f"{-margin:+.2f} nats from {WITHOUT_CONTEXT} of the unigram entropy, and "
+                         f"should be {-PLATEAU_MARGIN} or less; see its context gain")
     return notes
 
 

@@ -229,7 +229,7 @@ def test_files_to_validate_are_held_out_and_those_to_test_left_out(tmp_path):
         str(one), 600, tmp_path / "cache"), 34).about
     for name in ("train.txt", "more.txt"):
         (tmp_path / "parts" / name).unlink()
-    with pytest.raises(UserError, match="9 documents, 9 held out by their files"):
+    with pytest.raises(UserError, match="9 documents, 9 held out and 99 more left out by their files"):
         corpora.prepare(str(tmp_path / "parts"), 600, tmp_path / "cache")
 
 
@@ -275,6 +275,11 @@ def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
             " ".join(prose.format(word).split()) for word in words]
         path.write_text("kept")
         assert docs.extract_docs(cache, processes).read_text() == "kept"
+
+
+def test_what_a_reading_process_raises_is_raised_here(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.py"):
+        list(docs.parallel_map(docs.read_prose, [tmp_path / "gone.py"], 2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")

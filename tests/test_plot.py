@@ -46,7 +46,7 @@ def test_runs_of_one_arm_are_a_mean_over_their_lines(tmp_path):
             make_run(tmp_path / "self-high-12", [8.0, None, 4.0]),
             make_run(tmp_path / "random-1", [9.0, 6.0, 4.5])]
     arms, levels, gains = plot.curves(runs)
-    assert levels == {"plateau: no context used": pytest.approx(5.4), "unigram entropy": 6.0}
+    assert levels == {"reachable without context": pytest.approx(5.4), "unigram entropy": 6.0}
     assert arms["random"] == [[(0, 9.0), (1000, 6.0), (2000, 4.5)]] and not gains
     assert plot.mean_curve(arms["self-high"]) == [(0, 8.5), (2000, 4.5)]
     picture = plot.draw_curves(arms, levels, unit=1e3)

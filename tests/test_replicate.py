@@ -33,7 +33,7 @@ echo "$@" >> "$CALLS"
 out=$(echo "$@" | sed -n 's/.*--out \\([^ ]*\\).*/\\1/p')
 case "$*" in
 *--keep*) cat > /dev/null; echo "{\\"run\\": \\"$(basename "$5")\\"}" >> "$3" ;;
-glue.py*--table*) echo scores ;;
+glue.py*--table*--jsonl\\ *) echo scores ;;
 train.py*--seed\\ 13*static*) mkdir -p "$out"; echo "loss is not finite at step 9" >&2; exit 1 ;;
 train.py*$BREAKS*) mkdir -p "$out"; touch "$out/config.json"; echo "no memory" >&2; exit 1 ;;
 train.py*) out=${out:-$3}; mkdir -p "$out"; touch "$out/config.json" "$out/model.pt"

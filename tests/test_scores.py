@@ -290,7 +290,8 @@ def test_an_arm_on_the_plateau_is_named():
     notes = table_of(fake_run("random", 0, ALL, margin=0.7),
                      fake_run("self", 0, ALL, margin=0.3, masking="self"),
                      fake_run("slow", 0, ALL, margin=-1.2))["notes"]
-    assert [note.partition(" uses too little context")[0] for note in notes] == ["self", "slow"]
+    assert [note.partition(": its held-out loss does not show")[0] for note in notes] == [
+        "self", "slow"]
     assert "-0.30 nats from 0.9 of the unigram" in notes[0] and "+1.20 nats" in notes[1]
 
 

@@ -167,6 +167,9 @@ def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, mon
     config = read_config(folder / "goes-on")
     assert config["tokenizer_sha256"] == read_config(teacher)["tokenizer_sha256"]
     assert config["corpus_sha256"] != read_config(teacher)["corpus_sha256"]
+    (folder / "goes-on" / "model.pt").unlink()  # unfinished, and the prepared text is lost
+    call(["train.py", "--resume", folder / "goes-on", "--cache", folder / "empty"], monkeypatch)
+    assert (folder / "goes-on" / "model.pt").exists()
     assert "has 600 pieces" in refused(
         command(folder, "never", "--init-from", teacher, "--vocab-size", "700"), monkeypatch,
         capsys)

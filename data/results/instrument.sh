@@ -32,6 +32,6 @@ for recipe in "${N20:-20000} 1" "${N5:-5000} 3" "${N20:-20000} 3"; do
 done
 for rate in 2.5e-4 5e-4 1e-3; do  # a table shows random weights at one rate of their own: ask with each
     "$PYTHON" -c "import sys, glue; glue.RATES[True, False] = ($rate, $rate); sys.argv[0] = 'glue.py'; glue.main()" \
-        "$RUNS"/random-? --cache "$RUNS" $M --table --jsonl
+        "$RUNS"/random-? --cache "$RUNS" $M --table --jsonl instrument
 done | sort -u > "$RUNS/scores.jsonl"
 "$PYTHON" -m data.results.instrument "$RUNS"

@@ -1,7 +1,7 @@
 """Does any choice of masks make a better model? The tables and the picture of plan.md's third part.
 
     python -m data.results.quality [FILE]      # prints the tables, draws the picture beside FILE
-    python glue.py RUN --table --jsonl | python -m data.results.quality FILE --keep RUN
+    python glue.py RUN --table --jsonl STUDY | python -m data.results.quality FILE --keep RUN
 
 FILE (default: quality.jsonl in this folder) has a line for each run of replicate.sh, and one for
 the random weights of each seed. No planned difference is shown below its number of pairs.
@@ -15,7 +15,8 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from data.confidence import paired, t_test_p
+from data.arms import SAME
+from data.confidence import paired, t_quantile
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
 from data.plot import draw_differences
@@ -24,7 +25,6 @@ from data.runs import read_config, read_log
 from data.scores import RANDOM_WEIGHTS, commit, grid, measures, row_error
 from data.tasks import PRIMARY
 
-WHERE = ("device", "dtype", "torch")  # in these, and in the teacher, the runs of a pair agree
 RECIPE = {"epochs": 1, "freeze": False}  # of the primary endpoint (recipe.md)
 SMALLEST = None  # points: the smallest effect of interest; None until plan.md has it
 DOUBLINGS = math.log2(14014 / 10000)  # of the steps of random, that longer has (plan.md)
@@ -71,7 +71,7 @@ def keep(run, path):
         entry["correct"] = f"{int('0' + entry['correct'], 2):x}"
         scores.setdefault(entry.pop("run"), []).append(entry)
     of_both = {"commit": commit(), "seed": flags["seed"], **{
-        name: "/".join(sorted({start[name] for start in starts})) for name in (*WHERE, "machine")}}
+        name: "/".join(sorted({start[name] for start in starts})) for name in (*SAME, "machine")}}
     weights = {"run": f"{RANDOM_WEIGHTS}-{flags['seed']}", "arm": RANDOM_WEIGHTS, **of_both}
     line = {"run": run.name, "arm": run.name.removesuffix(f"-{flags['seed']}"), **of_both,
             "finished": (run / "model.pt").exists(), "date": starts[0]["date"],
@@ -108,7 +108,7 @@ def read_lines(path):
 
 def differing(pair):
     """What the two runs of a pair must share and do not -> names."""
-    seen = {name: {e[name] for run in pair for e in (run, *run["scores"])} for name in WHERE}
+    seen = {name: {e[name] for run in pair for e in (run, *run["scores"])} for name in SAME}
     seen["teacher"] = {run.get("teacher_sha256") for run in pair} - {None, ""}
     seen["fine-tunings"] = {str([(e["task"], e["seed"]) for e in by_recipe(run, RECIPE)])
                             for run in pair}
@@ -136,12 +136,9 @@ def compare(pairs, measure=points):
 
 
 def ninety(result):
-    """The ends of the 90 % interval, by bisection."""
-    low, high = 0.0, 100.0
-    for _ in range(60):
-        t = (low + high) / 2
-        low, high = (low, t) if t_test_p(t, len(result["seeds"]) - 1) < 0.1 else (t, high)
-    return [result["difference"] + sign * t * result["seed_error"] for sign in (-1, 1)]
+    """The ends of the 90 % interval."""
+    half = t_quantile(len(result["seeds"]) - 1, 0.1) * result["seed_error"]
+    return [result["difference"] - half, result["difference"] + half]
 
 
 def confirm(found):

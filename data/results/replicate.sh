@@ -80,7 +80,7 @@ one() {  # ARM SEED: pretrain, fine-tune, keep
     fi
     if [ "$DRY" ]; then measure "$1" "$2"
     elif [ "$1" != teacher ]; then
-        { [ ! -e "$run/model.pt" ] || "$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl; } \
+        { [ ! -e "$run/model.pt" ] || "$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl replicate; } \
             2>> "$run.txt" | "$PYTHON" -m data.results.quality "$OUT" --keep "$run" || broken
         echo "$(date +%H:%M) $name"
     fi
