@@ -6,7 +6,7 @@
     python train.py --resume runs/self-0         # go on after any interruption, bit for bit
     python train.py --eval runs/self-0           # print the held-out loss of a finished run again
     python train.py --eval runs/self-0 --corpus my.txt         # or its loss on another text
-    python train.py --init-from runs/self-0 --corpus my.txt --seed 1     # go on with another text
+    python train.py --init-from runs/self-0 --corpus my.txt --seed 1 --out runs/my-1
     torchrun --nproc-per-node=2 train.py         # several GPUs, each with a share of the batch
 
 The method is update(). The flags, `args`, are listed at the end of this file.
@@ -408,12 +408,10 @@ def main():
     elif args.init_from and not earlier:
         tokenizer = Path(args.init_from) / "tokenizer.model"
     text = corpus.load_text(args, earlier, machine, tokenizer)
-    held_out = text.valid
-    if other and text.sha256 != earlier["corpus_sha256"]:  # the run has read nothing of it
-        held_out = text.train
-    valid = corpus.with_ends(held_out[:args.eval_blocks]).to(machine.device)  # (N, T)
-    print(f"corpus: {text.about}; {len(text.train)} blocks of {args.seq_len} to train on, "
-          f"{len(valid)} to evaluate on, unigram entropy {text.unigram_entropy:.2f} nats")
+    valid = corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device)  # (N, T)
+    training = "" if only_evaluate else f"{len(text.train)} blocks to train on, "
+    print(f"corpus: {text.about}; {training}{len(valid)} of {len(text.valid)} blocks of "
+          f"{args.seq_len} to evaluate on, unigram entropy {text.unigram_entropy:.2f} nats")
     if only_evaluate:
         found = evaluate(load(args.out)[0].to(machine.device), valid, machine)
         where = f"{args.out} on {args.corpus}" if other else args.out
@@ -450,7 +448,7 @@ def main():
         log = [json.loads(line) for line in state.log.splitlines()]
         loss, H = log[-1]["val_loss"], text.unigram_entropy
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
-              f"({loss - H:+.2f}); {about_context(log)}\nsee what it masks:  "
+              f"({loss - H:+.2f}); {about_context(log)}\nwhat each rule masks:  "
               f'python -m data.inspection {shlex.quote(args.out)} "The function returns an array."')
 
 
@@ -584,7 +582,7 @@ def check_flags(args, given):
     for wrong, message in (
         (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
         (not asking and (given & {"score_input", "pool"} or args.select not in ("high", "sample")),
-         "--score-input, --pool and --select need entropies: --masking self or entropy"),
+         "--score-input, --pool and --select need somebody to ask: --masking self or entropy"),
         (not asking and args.init_frac and args.distill != "after-init",
          "--init-frac with --masking random means something only with --distill after-init"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),

@@ -211,36 +211,40 @@ class Text:
     about: str  # what was read, in words
 
 
-def load(folder, seq_len, max_tokens=0):
-    """Open a cache folder -> Text. `max_tokens` > 0 uses only the first so many training tokens.
-    UserError on damage."""
+def load(folder, seq_len, max_tokens=0, whole=False):
+    """Open a cache folder -> Text. `max_tokens` > 0 uses only the first so many training tokens;
+    with `whole` all of the text is held out, for a run that has read nothing of it. UserError on
+    damage."""
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
         about = (f"files: {len(meta['key']['files']):,}, characters: {meta['characters']:,}, "
                  f"documents: {meta['documents']:,}{meta.get('notes', '')}")
-        whole = all(sha256_file(folder / name) == meta["sha256"][name] for name in PARTS)
+        intact = all(sha256_file(folder / name) == meta["sha256"][name] for name in PARTS)
     except (UserError, FileNotFoundError, LookupError, TypeError, ValueError):
-        whole = False
-    if not whole:
+        intact = False
+    if not intact:
         raise UserError(f"{folder} is damaged: delete it and start again, it is then built anew")
     n = seq_len - 2  # [CLS] and [SEP] take two places
+    parts = {name: np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
+             for name in ("train", "valid")}
+    if whole:
+        parts = dict.fromkeys(parts, np.concatenate(list(parts.values())))
+    elif max_tokens:
+        parts["train"] = parts["train"][:max_tokens]
     blocks = {}
-    for name in ("train", "valid"):
-        tokens = np.memmap(folder / f"{name}.bin", dtype=np.uint16, mode="r")
-        if name == "train" and max_tokens:
-            tokens = tokens[:max_tokens]
+    for name, tokens in parts.items():
         if len(tokens) < n:
             raise UserError(f"the corpus is too small: its {name} part has {len(tokens)} tokens, "
                             f"less than one block of {n}: give more text")
         blocks[name] = tokens[:len(tokens) // n * n].reshape(-1, n)
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    about += f'; it begins "{tokenizer.decode(blocks["train"][0])[:60]}"'
+    about += f'; the training text begins "{tokenizer.decode(blocks["train"][0])[:60]}"'
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for i in range(0, len(blocks["train"]), 1 << 16):  # in pieces: bincount makes int64 copies
         counts += np.bincount(blocks["train"][i:i + (1 << 16)].ravel(), minlength=len(counts))
     assert counts[[PAD, UNK, CLS, MASK]].sum() == 0, "no special token but [SEP] is in a text"
-    valid_counts = np.bincount(np.fromfile(folder / "valid.bin", np.uint16), minlength=len(counts))
+    valid_counts = np.bincount(parts["valid"], minlength=len(counts))
     return Text(
         **blocks, counts=counts, tokenizer=tokenizer, tokenizer_path=folder / "tokenizer.model",
         sha256=sha256_json(meta["sha256"]), about=about,
@@ -258,7 +262,10 @@ def load_text(args, earlier, machine, tokenizer=None):
         return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, given)
 
     if not earlier or tokenizer:
-        return load(machine.in_turn(find), args.seq_len, args.corpus_tokens)
+        folder = machine.in_turn(find)
+        found = sha256_json(read_json(folder / "meta.json")["sha256"])
+        other = earlier and found != earlier["corpus_sha256"]
+        return load(folder, args.seq_len, args.corpus_tokens, whole=other)
     moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
              "where with --corpus")
     found = find_prepared(args.cache, earlier["corpus_sha256"])

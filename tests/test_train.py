@@ -158,6 +158,8 @@ def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, mon
     loss = [float(re.search(r"held-out loss ([\d.]+)", out)[1]) for out in (own, moved, other)]
     assert loss[0] == loss[1] == pytest.approx(read_log(teacher)[-1]["val_loss"], abs=1e-4)
     assert loss[2] != loss[0] and f"{teacher} on {folder / 'other.txt'}: held-out loss" in other
+    (folder / "short.txt").write_text("\n\n".join(["The model reads every token of it."] * 9))
+    assert f"on {folder / 'short.txt'}: held-out loss" in evaluate("--corpus", folder / "short.txt")
     assert "no such file" in refused(
         ["train.py", "--eval", teacher, "--corpus", folder / "nowhere"], monkeypatch, capsys)
 
