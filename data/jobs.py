@@ -51,9 +51,10 @@ def processes_for(machine, asked, sizes):
     if torch.cuda.is_available() or sys.platform != "linux":
         return 1  # a GPU is one, and what has looked for one, or is no Linux, cannot be forked
     processes = asked or max(1, min(machine.threads, free_memory() // max(sizes, default=1)))
-    if asked != 1 and machine.threads > 1:
+    if asked != 1:
         machine.threads = 1
         torch.set_num_threads(1)  # more would wait in a fork for threads that it does not have
+    if processes > 1:
         print(f"{processes} at a time, each with one thread")
     return processes
 

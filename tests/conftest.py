@@ -12,7 +12,9 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a GPU
 
 @pytest.fixture(autouse=True)
 def restore_signals():
-    """A training run in this process takes over the signals."""
+    """A training run in this process takes over the signals. What a shell runs in the background
+    ignores Ctrl-C: the tests do not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     yield
     for number, handler in handlers.items():
