@@ -551,7 +551,7 @@ def test_processes_side_by_side_give_the_same_bits(folder, monkeypatch, capsys):
         out = capsys.readouterr()
         assert ("2 at a time" in out.err) == (jobs == "2")
         lines = [json.loads(line) for line in out.out.splitlines()]
-        assert len(lines) == 4 * 4 and all(line.pop("seconds") for line in lines)
+        assert len(lines) == 4 * 4 and all(line.pop("seconds") >= 0 for line in lines)
         found.append(sorted(lines, key=json.dumps))
         for path in [*folder.glob("*/glue.json"), *folder.glob("cache/glue/*/glue.json")]:
             path.unlink()
