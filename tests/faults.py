@@ -117,7 +117,7 @@ def contents(out):
     corpus a kill leaves a half, which goes after a day."""
     files = {str(path.relative_to(out)): path for path in out.rglob("*") if path.is_file()}
     return {name: READ.get(path.name, Path.read_bytes)(path) for name, path in files.items()
-            if not re.search(r"checkpoint|config\.json|\.lock|\.building-", name)}
+            if not re.search(r"checkpoint|config\.json|\.lock|\.building", name)}
 
 
 # --------------------------------------------------------------------------------------------------
