@@ -1,15 +1,12 @@
-"""Draw the learning curves of runs, or the differences between arms, as an SVG picture.
+"""Draw the learning curves of runs as an SVG picture.
 
     python -m data.plot runs/random-* runs/self-*              # held-out loss, context gain
-    python glue.py runs/* --table --json > scores.json
-    python -m data.plot scores.json --out differences.svg      # gains with their 95 % intervals
 
 Runs of one arm (data/arms.py) are one line, their mean, over a thin line for each; runs that were
 evaluated at different steps have no mean. The picture follows the reader's light or dark setting
 and needs no other file.
 """
 
-import json
 import math
 from html import escape
 from pathlib import Path
@@ -176,66 +173,9 @@ def panel(arms, levels, title, label, unit, names, inside="inside"):
                    for (words, _, colour), height in zip(labels, heights)]
 
 
-# --------------------------------------------------------------------------------------------------
-# differences
-
-
-def differences(tables):
-    """What glue.py prints with --json -> [(title, [(arm, difference, low, high)])], of a table's
-    first endpoint, primary where there is one; low and high are None where there is one pair."""
-    groups = []
-    for table in tables:
-        found = [(end, row["name"], c) for row in table["rows"]
-                 for end, c in row.get("against", {}).items() if c]
-        if found:
-            first = found[0][0]
-            groups.append((f"{table['title']}: {first}, difference to {table['baseline']}",
-                           [(arm, c["difference"], c["low"], c["high"])
-                            for end, arm, c in found if end == first]))
-    return groups
-
-
-def draw_differences(groups, unit="points", show="{:+.1f}".format):
-    """[(title, [(arm, difference, low, high, *of each pair)])] -> the text of an SVG: for each arm
-    a dot, a bar, and a small dot for each pair that is given."""
-    rows = [row for _, rows in groups for row in rows]
-    values = [0.0] + [value for row in rows for value in row[1:] if value is not None]
-    margin = 0.05 * (max(values) - min(values)) + 1e-6
-    low, high = min(values) - margin, max(values) + margin
-    numbers = {row: show(row[1]) + (f" [{show(row[2])}, {show(row[3])}]" if row[2] is not None
-                                    else "") for row in rows}
-    left = 24 + LETTER * max(len(row[0]) for row in rows)
-    right = WIDTH - 20 - LETTER * max(map(len, numbers.values()))
-    body, y = [], 24
-
-    def at(x):
-        return left + (x - low) / (high - low) * (right - left)
-
-    for title, rows in groups:
-        body.append(text(12, y, title, "soft"))
-        for x in ticks(low, high):
-            ends = [(at(x), y + 12), (at(x), y + 12 + 22 * len(rows))]
-            body.append(line(ends, "grid" if x else "ink", 1 if x else 1.5))
-        for row in rows:
-            name, difference, first, last, *pairs = row
-            y += 22
-            if first is not None:
-                body.append(line([(at(first), y), (at(last), y)], "arm0", 2.5))
-            body += [text(12, y, name), text(right + 10, y, numbers[row], "soft")]
-            body += [f'<circle cx="{at(x):.1f}" cy="{y}" r="{radius}" class="{css}"/>'
-                     for x, radius, css in [(difference, 4.5, "arm0")] + [
-                         (x, 2, "ink") for x in pairs]]
-        y += 2 * LINE
-    body += [text(at(x), y - 8, f"{x:+g}" if x else "0", "soft", "middle")
-             for x in ticks(low, high)]
-    body.append(text((left + right) / 2, y + LINE - 6, unit, "soft", "middle"))
-    return svg(body, WIDTH, y + 2 * LINE)
-
-
 def main():
     parser = flag_parser("python -m data.plot RUN [RUN ...] [--out FILE]", __doc__)
-    parser.add_argument("inputs", nargs="+", metavar="RUN",
-                        help="run folders, or one JSON file of glue.py")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, finished or not")
     parser.add_argument("--out", default="plot.svg", help="the picture (default plot.svg)")
     args = parser.parse_args()
     out = Path(args.out).expanduser()
@@ -243,18 +183,8 @@ def main():
         raise UserError(f"--out {args.out}: the picture is SVG: give a name that ends in .svg")
     if out.exists() and not (out.is_file() and MARK.encode() in out.read_bytes()[:300]):
         raise UserError(f"{out} exists and is not a picture of this program: name another --out")
-    if len(args.inputs) == 1 and Path(args.inputs[0]).is_file():
-        try:
-            groups = differences(json.loads(Path(args.inputs[0]).read_text()))
-        except (ValueError, LookupError, TypeError, AttributeError):
-            raise UserError(f"{args.inputs[0]} is not what glue.py prints with --json")
-        if not groups:
-            raise UserError(f"{args.inputs[0]} has no differences: it takes two arms with pairs")
-        picture = draw_differences(groups)
-    else:
-        losses, levels, gains = curves(args.inputs)
-        picture = draw_curves(losses, levels, gains=gains)
-    write_atomic(out, picture.encode())
+    losses, levels, gains = curves(args.runs)
+    write_atomic(out, draw_curves(losses, levels, gains=gains).encode())
     print(f"{out}: open it in a browser")
 
 

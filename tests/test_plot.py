@@ -7,17 +7,9 @@ import pytest
 
 from data import plot
 from data.files import UserError
+from data.results.differences import draw_differences
 from train import DEFAULTS
 from tests.helpers import write_config
-
-TABLE = {"title": "2 layers", "baseline": "random", "rows": [
-    {"name": "majority class"}, {"name": "random", "scores": {}},
-    {"name": "self <high>", "against": {
-        "primary": {"difference": 1.0, "low": -1.0, "high": 3.0, "seeds": [0, 1], "p_t": 0.2}}},
-    {"name": "no pairs", "against": {"primary": None}},
-    {"name": "random weights", "against": {
-        "primary": {"difference": -4.0, "low": -5.0, "high": -3.0, "seeds": [0, 1], "p_t": 0.1},
-        "GLUE (8)": {"difference": -9.0, "low": -9.5, "high": -8.5, "seeds": [0, 1], "p_t": 0.1}}}]}
 
 
 def elements(picture, kind, css=""):
@@ -115,10 +107,8 @@ def test_an_arm_is_what_it_is_for_glue(tmp_path):
 
 
 def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
-    groups = plot.differences([TABLE])
-    assert groups == [("2 layers: primary, difference to random",
-                       [("self <high>", 1.0, -1.0, 3.0), ("random weights", -4.0, -5.0, -3.0)])]
-    picture = plot.draw_differences(groups)
+    rows = [("self <high>", 1.0, -1.0, 3.0), ("random weights", -4.0, -5.0, -3.0)]
+    picture = draw_differences([("primary", rows)], "points", "{:+.1f}".format, {"the claim": 6.0})
     bars = [points_of(e) for e in elements(picture, "polyline", "arm0")]
     dots = [float(e.get("cx")) for e in elements(picture, "circle")]
     (zero, _), _ = points_of(elements(picture, "polyline", "ink")[0])
@@ -126,8 +116,11 @@ def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
     assert [x - zero for x in dots] == pytest.approx([point, -4 * point], abs=0.5)
     ends = [x - zero for bar in bars for x, _ in bar]
     assert ends == pytest.approx([-point, 3 * point, -5 * point, -3 * point], abs=0.5)
-    assert "+1.0 [-1.0, +3.0]" in [e.text for e in elements(picture, "text")]
-    one_pair = plot.draw_differences([("", [("self", 1.0, None, None)])])
+    claim, = elements(picture, "polyline", "arm1")
+    assert [x - zero for x, _ in points_of(claim)] == pytest.approx([6 * point] * 2, abs=0.5)
+    words = [e.text for e in elements(picture, "text")]
+    assert {"+1.0 [-1.0, +3.0]", "the claim +6.0"} <= set(words)
+    one_pair = draw_differences([("", [("self", 1.0, None, None)])], "points", str)
     assert not elements(one_pair, "polyline", "arm0") and len(elements(one_pair, "circle")) == 1
 
 
@@ -137,34 +130,20 @@ def test_labels_do_not_lie_on_one_another():
 
 
 def test_a_picture_never_takes_the_place_of_another_file(tmp_path, monkeypatch, capsys):
-    scores, picture = tmp_path / "scores.json", tmp_path / "picture.svg"
-    scores.write_text(json.dumps([TABLE]))
+    run, picture = make_run(tmp_path / "self-0", [9.0, 5.0]), tmp_path / "picture.svg"
     (tmp_path / "logo.svg").write_text("<svg></svg>")
     (tmp_path / "folder.svg").mkdir()
     for target in (picture, picture, tmp_path / "folder.svg", tmp_path / "logo.svg"):
-        monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
+        monkeypatch.setattr("sys.argv", ["plot", str(run), "--out", str(target)])
         if target == picture:  # its own picture may be drawn anew
             plot.main()
             assert picture.read_text().startswith("<svg")
         else:
             with pytest.raises(UserError, match="not a picture"):
                 plot.main()
-            assert json.loads(scores.read_text()) == [TABLE]
     assert (tmp_path / "logo.svg").read_text() == "<svg></svg>"
-    for target in (scores, tmp_path / "picture.png", tmp_path / "picture"):
-        monkeypatch.setattr("sys.argv", ["plot", str(scores), "--out", str(target)])
+    for target in (tmp_path / "picture.png", tmp_path / "picture"):
+        monkeypatch.setattr("sys.argv", ["plot", str(run), "--out", str(target)])
         with pytest.raises(UserError, match="give a name that ends in .svg"):
             plot.main()
-    assert json.loads(scores.read_text()) == [TABLE] and not (tmp_path / "picture.png").exists()
-
-
-@pytest.mark.parametrize("content, message", [
-    ("[", "is not what glue.py prints"), ("[{}]", "is not what glue.py prints"),
-    ("[]", "no differences"), (json.dumps([{**TABLE, "rows": TABLE["rows"][:2]}]), "two arms")])
-def test_other_files_are_refused(content, message, tmp_path, monkeypatch):
-    (tmp_path / "scores.json").write_text(content)
-    monkeypatch.setattr("sys.argv", ["plot", str(tmp_path / "scores.json")])
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=message):
-        plot.main()
-    assert not (tmp_path / "plot.svg").exists()
+        assert not target.exists()

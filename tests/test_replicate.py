@@ -251,7 +251,8 @@ def test_the_table_by_hand(tmp_path, capsys):
     assert "doubling of random masking's steps gives +3.42 points" in out
     assert cells(out, "random", "randomweights")[6:9] == ["4.74", "-", "-"]
     picture = (tmp_path / "quality.svg").read_text()
-    assert "the paper&#x27;s +5 % here" in picture and "self - longer" in picture
+    assert "pretraining gains +10.00" in picture and "the paper&#x27;s +5 % +3.00" in picture
+    assert "self - longer" in picture and "random - random weights" not in picture
 
 
 def test_nothing_is_shown_below_its_number_of_pairs(tmp_path, capsys):

@@ -19,7 +19,8 @@ from pathlib import Path
 
 from data.confidence import paired
 from data.files import run_script, write_atomic
-from data.plot import draw_curves, draw_differences
+from data.plot import draw_curves
+from data.results.differences import draw_differences
 from data.runs import WITHOUT_CONTEXT, read_config, read_log
 
 HERE = Path(__file__).parent
