@@ -2,7 +2,6 @@
 
     python -m data.inspection runs/self-0 "The function returns a new array."
     python -m data.inspection runs/self-0 "The function returns a new array." --html page.html
-    python -m data.inspection runs/self-0      # how strongly every rule selects, on held-out text
 
 masking.py decides, this file looks. The *exact* entropy of a token is that of the model's
 prediction where this token alone is masked: what the cheaper scores stand for, at the price of one
@@ -11,7 +10,6 @@ forward per token. Entropies are in nats.
 
 import os
 import sys
-from argparse import Namespace
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -21,21 +19,15 @@ import numpy as np
 import torch
 
 import masking
-from data.corpus import load_text, with_ends
-from data.files import UserError, load_tensors, run_script, write_atomic
+from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
-from data.machine import Machine
 from data.metrics import spearman
-from data.runs import read_config
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
-from data.vocabulary import VocabularyMean
 from masking import SELECT, Strategy, draw, entropy, mask_count, masked, uncertainty, unmasked
-from model import forward_flops, load
+from model import load
 
 DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
 DOSE_BLOCKS = 16  # exact entropies take a forward per token: some 2000 at 128 tokens a block
-DOSE_RATES = (0.15, 0.30)  # masked shares for which the rules are compared
-DOSE_COLUMNS = {"dose": "+.2f", "neighbour": ".2f", "rank_correlation": ".2f", "flops": ".2f"}
 PLATEAU = 0.1  # nats; where entropies differ by less within a row, their order is noise
 
 # --------------------------------------------------------------------------------------------------
@@ -156,35 +148,11 @@ def neighbour(positions):
 # several strategies beside each other
 
 
-def strategies_of(model, run=None):
-    """{name: Strategy} to look at side by side: every rule asks this model. `vocabulary` is the own
-    rule of a run that chose by means of vocabulary items, in a pool that fits a short sentence."""
-    strategies = {"random": Strategy()}
-    for name, select in SELECT.items():
-        strategies[name] = Strategy(model, masked, select, 2)
-    strategies["high-unmasked"] = Strategy(model, unmasked)  # our literal guess from the abstract
-    if means := run and means_of(run, model):
-        flags = read_config(run)["flags"]
-        strategies["vocabulary"] = Strategy(
-            None, means, SELECT[flags["select"]], min(2, flags["pool"]))
-    return strategies
-
-
-def dose_rules(model, run=None):
-    """The same for the table of doses, with what can be chosen in training beside them."""
-    return strategies_of(model, run) | {
-        f"high-unmasked, pool {pool}": Strategy(model, unmasked, pool=pool) for pool in (2, 3, 4)}
-
-
-def means_of(run, model):
-    """The VocabularyMean that a finished run has learned; None for a run without one, or one whose
-    last checkpoint was deleted."""
-    checkpoint = Path(run) / "checkpoint.pt"
-    if read_config(run)["flags"]["score_input"] != "vocabulary" or not checkpoint.exists():
-        return None
-    means = VocabularyMean(None, 0.0, model.shape.vocab_size)
-    means.load_state(load_tensors(checkpoint)["means"])
-    return means
+def strategies_of(model):
+    """{name: Strategy} to look at side by side: every rule asks this model."""
+    return {"random": Strategy(),
+            **{name: Strategy(model, masked, select, 2) for name, select in SELECT.items()},
+            "high-unmasked": Strategy(model, unmasked)}  # our literal guess from the abstract
 
 
 def watch(strategy, tokens, k, noise):
@@ -201,76 +169,14 @@ def watch(strategy, tokens, k, noise):
     return watched(tokens, k, noise), seen
 
 
-def report_doses(model, tokens, strategies):
-    """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each of DOSE_RATES
-    its dose, neighbour, rank_correlation (Spearman of its entropies with the exact ones, within a
-    row) and flops (of an update, over those of random masking). None: its pool is above a row.
-
-    The last rule, `exact`, takes the highest exact entropies: the largest dose there is. It costs a
-    forward per token.
-    """
-    exact = exact_entropy(model, tokens)
-    deviations = standardise(exact)
-    noise = draw(DIAGNOSIS_SEED, 0, *tokens.shape).to(tokens.device)
-    look_up = Strategy(reads=lambda model, tokens, places: exact.gather(1, places))
-    T, shortest = tokens.shape[1], (tokens >= N_SPECIAL).sum(1).min().item()
-    reports = []
-    for rule, strategy in {**strategies, "exact": look_up}.items():
-        report = {"rule": rule, **{name: [None] * len(DOSE_RATES) for name in DOSE_COLUMNS}}
-        reports.append(report)
-        for i, rate in enumerate(DOSE_RATES):
-            k = mask_count(rate, T)
-            candidates = strategy.pool * k
-            if candidates > shortest:
-                continue
-            positions, seen = watch(strategy, tokens, k, noise)
-            scored = forward_flops(model.shape, T, candidates or T - 2) if strategy.model else 0
-            if rule == "exact":
-                scored = (T - 2) * forward_flops(model.shape, T, 1)
-            if deviations is not None:
-                report["dose"][i] = deviations.gather(1, positions).mean().item()
-            report["neighbour"][i] = neighbour(positions)
-            if strategy.reads:
-                both = seen.isfinite() & exact.isfinite()
-                report["rank_correlation"][i] = np.mean([
-                    spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item()
-            report["flops"][i] = 1 + scored / (3 * forward_flops(model.shape, T, k))
-    return reports
-
-
-def print_doses(reports):
-    """Print what report_doses returns as a Markdown table."""
-    heads = [f"{name.replace('_', ' ')}, {rate:.0%}"
-             for rate in DOSE_RATES for name in DOSE_COLUMNS]
-    print("| rule |", " | ".join(heads), "|\n|---|" + "---|" * len(heads))
-    for report in reports:
-        cells = ["-" if report[name][i] is None else format(report[name][i], form)
-                 for i in range(len(DOSE_RATES)) for name, form in DOSE_COLUMNS.items()]
-        print(f"| {report['rule']} |", " | ".join(cells), "|")
-
-
-def show_doses(run, blocks):
-    """Print what every rule would mask in held-out blocks of a finished run, with its model."""
-    model, _ = load(run)
-    config = read_config(run)
-    flags = Namespace(**{**config["flags"], "out": str(run), "device": "cpu", "threads": 0})
-    text = load_text(flags, config, Machine(flags))
-    tokens = with_ends(text.valid[:blocks])
-    print(f"{run}: dose (deviations above the row's mean of exact entropies; - on the plateau), "
-          f"right neighbours, rank correlation with exact entropies, FLOPs over random masking; "
-          f"{len(tokens)} held-out blocks")
-    print_doses(report_doses(model, tokens, dose_rules(model, run)))
-
-
 # --------------------------------------------------------------------------------------------------
 # one sentence
 
 
 def explain(model, tokenizer, text, strategies, rate, seed):
     """Look at one sentence -> a dict per token: piece; its entropies H {"alone": exact, "pool": as
-    high to mix read it, "unmasked", with `vocabulary` also "mean": of its item}, None outside the
-    pool; guesses [(piece, probability)]; masked {strategy: bool}. UserError for a
-    sentence that does not fit the model."""
+    high to mix read it, None outside the pool, "unmasked"}; guesses [(piece, probability)]; masked
+    {strategy: bool}. UserError for a sentence that does not fit the model."""
     ids = tokenizer.encode(text)
     if not 2 <= len(ids) <= model.shape.seq_len - 2:
         raise UserError(f"the sentence is {len(ids)} token(s) long: this model reads from 2 to "
@@ -280,8 +186,8 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     noise = draw(seed, 0, *tokens.shape)
     looks = {name: watch(strategy, tokens, k, noise)
              for name, strategy in strategies.items()}
-    read = {name: looks[of][1][0].tolist() for name, of in (
-        ("pool", "high"), ("unmasked", "high-unmasked"), ("mean", "vocabulary")) if of in looks}
+    read = {name: looks[of][1][0].tolist()
+            for name, of in (("pool", "high"), ("unmasked", "high-unmasked"))}
     logits = torch.cat([logits for *_, logits in one_at_a_time(model, tokens)])  # (n, V)
     top = logits.float().softmax(-1).topk(5)
     rows = []
@@ -350,48 +256,35 @@ def html_page(rows, title, most):
         + "".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
 
 
-def demonstrate(args):
-    """Do what `python -m data.inspection RUN "sentence"` promises: args has run, sentence,
-    mask_rate, seed and html. UserError for everything that the user can put right."""
+def main():
+    parser = flag_parser("python -m data.inspection RUN SENTENCE [FLAGS]", __doc__)
+    parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
+    parser.add_argument("sentence", nargs="*", default=[], help="what to look at, in quotes")
+    parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
+    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
+    parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
+    args = parser.parse_args()
+    if not args.run or len(args.sentence) != 1:
+        raise UserError('give a run folder and a sentence in quotes:  python -m data.inspection '
+                        'RUN "A sentence."  A run is made in minutes by  python train.py')
     if not 0 < args.mask_rate <= 0.5 or args.seed < 0:
         raise UserError("--mask-rate must be above 0 and at most 0.5, --seed 0 or more")
-    model, tokenizer = load(args.run)
-    strategies = strategies_of(model, args.run)
-    rows = explain(model, tokenizer, args.sentence, strategies, args.mask_rate, args.seed)
+    run = os.path.expanduser(args.run)
+    model, tokenizer = load(run)
+    rows = explain(model, tokenizer, args.sentence[0], strategies_of(model), args.mask_rate,
+                   args.seed)
     most = max(1.0, np.ceil(max(row["H"]["alone"] for row in rows)))
     if args.html:
         page = Path(args.html).expanduser()
         if page.exists() and not (
                 page.is_file() and b"made by data.inspection" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
-        write_atomic(page, html_page(rows, args.run, most).encode(errors="replace"))
+        write_atomic(page, html_page(rows, run, most).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
-          "as are masked, all masked at once (high to mix choose by it); the unmasked text"
-          + ("; the mean\nof the item in training" if "vocabulary" in strategies else "") + ".\n"
+          "as are masked, all masked at once (high to mix choose by it); the unmasked text.\n"
           "# says that a strategy masks the token; guesses stand where one does.")
     print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
-
-
-def main():
-    parser = flag_parser("python -m data.inspection RUN [SENTENCE] [FLAGS]", __doc__)
-    parser.add_argument("run", nargs="?", default="", help="a finished run: its model is asked")
-    parser.add_argument("sentence", nargs="*", default=[], help="what to look at, in quotes; "
-                        "without one: a table of what every rule masks, in a minute or two")
-    parser.add_argument("--mask-rate", type=float, default=0.15, help="share masked (default 0.15)")
-    parser.add_argument("--seed", type=int, default=0, help="of the random choices (default 0)")
-    parser.add_argument("--html", default="", metavar="FILE", help="also write a web page")
-    parser.add_argument("--blocks", type=int, default=64, help="held-out blocks (default 64)")
-    args = parser.parse_args()
-    if not args.run or args.blocks < 1 or len(args.sentence) != 1 and (args.sentence or args.html):
-        raise UserError('give a run folder and a sentence in quotes:  python -m data.inspection '
-                        'RUN "A sentence."  A run is made in minutes by  python train.py')
-    args.run = os.path.expanduser(args.run)
-    if args.sentence:
-        args.sentence, = args.sentence
-        demonstrate(args)
-    else:
-        show_doses(args.run, args.blocks)
 
 
 if __name__ == "__main__":

@@ -13,17 +13,15 @@ import torch
 
 import masking as M
 from data import corpus as corpora
-from data.files import save_tensors
 from data.inspection import (
-    DIAGNOSIS_SEED, diagnose, dose, dose_rules, exact_entropy, explain, neighbour, print_doses,
-    report_doses, strategies_of, token_kinds,
+    DIAGNOSIS_SEED, diagnose, dose, exact_entropy, explain, neighbour, strategies_of, token_kinds,
 )
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from data.vocabulary import VocabularyMean
 from masking import Strategy
-from model import Bert, Shape, forward_flops, load
+from model import Bert, Shape, load
 from tests import helpers
-from tests.helpers import T, V, call, command, save_run, small_model, write_corpus
+from tests.helpers import T, V, call, save_run, small_model, write_corpus
 
 SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
 
@@ -114,40 +112,6 @@ def test_the_dose_is_that_of_a_loop():
     assert found["dose"] == pytest.approx(np.mean(amounts), abs=1e-4)
 
 
-def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
-    model, tokens = small_model(init_std=0.3), rows_of(120)
-    reports = report_doses(model, tokens, strategies_of(model))
-    print_doses(reports)
-    by_rule = {report["rule"]: report for report in reports}
-    assert list(by_rule) == [*strategies_of(model), "exact"]
-    for i, k in enumerate((5, 10)):
-        doses = {rule: report["dose"][i] for rule, report in by_rule.items()}
-        assert doses["exact"] == max(doses.values()) and doses["low"] == min(doses.values())
-        assert doses["high"] > doses["mix"] > doses["random"] + 0.05 and abs(doses["random"]) < 0.1
-        H = exact_entropy(model, tokens).nan_to_num(-1)
-        best = H.topk(k).indices.sort(1).values
-        assert by_rule["exact"]["neighbour"][i] == pytest.approx(neighbour(best))
-        assert by_rule["exact"]["rank_correlation"][i] == pytest.approx(1)
-        assert by_rule["random"]["rank_correlation"][i] is None
-        assert 0.1 < by_rule["high"]["rank_correlation"][i] < 1
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2 + len(reports) and f"| {reports[0]['dose'][0]:+.2f} |" in lines[2]
-
-
-def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
-    """Of 32 tokens 5 or 10 are masked; a pool of four times 10 is more than there are."""
-    model, tokens = small_model(init_std=0.3), rows_of(2)
-    reports = {report["rule"]: report for report in report_doses(
-        model, tokens, dose_rules(model))}
-    update = [3 * forward_flops(model.shape, T, k) for k in (5, 10)]
-    for rule, scored in (("high", (10, 20)), ("high-unmasked", (32, 32))):
-        assert reports[rule]["flops"] == pytest.approx(
-            [1 + forward_flops(model.shape, T, c) / whole for c, whole in zip(scored, update)])
-    assert reports["random"]["flops"] == [1, 1]
-    four = reports["high-unmasked, pool 4"]
-    assert four["flops"][0] > 1 and four["flops"][1] is four["neighbour"][1] is None
-
-
 def test_the_rank_correlation_of_a_free_score():
     """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
     """
@@ -160,17 +124,6 @@ def test_the_rank_correlation_of_a_free_score():
     for row, H in zip(tokens, exact_entropy(model, tokens)):
         means.mean[row] = torch.where(row >= N_SPECIAL, H, means.mean[row])
     assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] > 0.2
-
-
-def test_a_run_without_a_sentence_prints_the_doses_of_its_own_rules(tmp_path, monkeypatch, capsys):
-    write_corpus(tmp_path / "text.txt")
-    call(command(tmp_path, "run", "--score-input", "vocabulary"), monkeypatch)
-    capsys.readouterr()
-    call(["data/inspection.py", tmp_path / "run", "--blocks", "2"], monkeypatch)
-    out = capsys.readouterr().out
-    assert "2 held-out blocks" in out
-    for rule in (*dose_rules(load(tmp_path / "run")[0]), "vocabulary"):
-        assert re.search(rf"^\| {rule} \|.* \d\.\d\d \|", out, re.M), rule
 
 
 # ---- one sentence
@@ -204,23 +157,6 @@ def test_the_table_has_a_line_per_token_and_k_marks_a_column(run, monkeypatch, c
         assert f"[{row['H']['alone']:.1f}]" in out and len(guesses) == 5
         assert sum(p for _, p in guesses) <= 1.0001
         assert all(p >= q for (_, p), (_, q) in zip(guesses, guesses[1:]))
-
-
-def test_a_run_with_vocabulary_scores_has_a_column_for_them(run, monkeypatch, capsys, tmp_path):
-    model, tokenizer = load(run)
-    save_run(tmp_path, model, run / "tokenizer.model", score_input="vocabulary",
-             select="high", pool=0)
-    ids = tokenizer.encode("the model reads every token")
-    means = VocabularyMean(None, 0.0, 600)
-    means.mean[ids[3]] = 5.0
-    save_tensors(tmp_path / "checkpoint.pt", {"means": means.state()})
-    call(["data/inspection.py", tmp_path, "the model reads every token"], monkeypatch)
-    out = capsys.readouterr().out
-    assert re.search(r"alone .* unmasked  mean .* high-unmasked vocabulary ", out)
-    strategies = strategies_of(model, tmp_path)
-    assert strategies["vocabulary"].reads.mean[ids[3]] == 5
-    rows = explain(model, tokenizer, "the model reads every token", strategies, 0.1, 0)
-    assert [row["masked"]["vocabulary"] for row in rows] == [i == 3 for i in range(len(rows))]
 
 
 @pytest.mark.parametrize("no_color, colours", [("", True), ("1", False)])
