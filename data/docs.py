@@ -7,16 +7,15 @@ import gc
 import hashlib
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import platform
 import re
-import signal
 import sys
 import sysconfig
 import warnings
 from pathlib import Path
 
 from data.files import lock_folder, progress, write_atomic
+from data.jobs import run_jobs
 from data.machine import cores
 
 PROSE_WORD = re.compile(r"[A-Za-z]+(['-][A-Za-z]+)*[.,;:!?)]*")
@@ -42,15 +41,26 @@ def extract_docs(cache, threads=0):
         files = [p for root in roots for p in sorted(root.rglob("*.py"))
                  if p.is_file()  # and not a link to nothing, such as an editor's lock
                  and (root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts))]
-        seen, documents = set(), []
-        found = parallel_map(read_prose, files, threads or cores())
-        for paragraphs in progress(found, total=len(files), unit=" files",
-                                   desc="reading documentation strings"):
-            new = [p for letters, p in paragraphs if not (letters in seen or seen.add(letters))]
+        parts = [files[i:i + 100] for i in range(0, len(files), 100)]
+        processes = (threads or cores()) if sys.platform == "linux" else 1  # else no fork is safe
+        found, seen, documents = {}, set(), []
+        with progress(total=len(files), unit=" files", desc="reading documentation strings") as bar:
+            for part, values in run_jobs(read_files, parts, processes):
+                found |= zip(part, values)
+                bar.update(len(part))
+        for path in files:
+            new = [p for letters, p in found[path] if not (letters in seen or seen.add(letters))]
             if new:
                 documents.append("\n".join(new))
         write_atomic(target, "\n\n".join(documents).encode() + b"\n")
     return target
+
+
+def read_files(paths):
+    gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
+    found = [read_prose(path) for path in paths]
+    gc.enable()
+    return found
 
 
 def read_prose(path):
@@ -76,35 +86,3 @@ def read_prose(path):
                     letters = re.sub(r"[\W\d_]+", "", paragraph.lower())
                     found.append((hashlib.md5(letters.encode()).digest(), paragraph))
     return found
-
-
-def parallel_map(function, items, processes):
-    """Yield function(item) for every item, in order, from so many processes. Each has a pipe, which
-    needs no shared memory, and ends when nobody reads it any more."""
-    if sys.platform != "linux":  # elsewhere a fork is not safe
-        yield from map(function, items)
-        return
-    context, pipes = multiprocessing.get_context("fork"), []
-
-    def work(items, pipe):
-        for reading in pipes:  # the parent alone reads: when it is gone, a pipe breaks
-            reading.close()
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # and that ends this process
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is left to the parent
-        gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
-        for item in items:
-            try:
-                pipe.send((function(item), None))
-            except Exception as error:
-                pipe.send((None, error))
-
-    for i in range(processes):
-        reading, writing = context.Pipe(duplex=False)
-        pipes.append(reading)
-        context.Process(target=work, args=(items[i::processes], writing), daemon=True).start()
-        writing.close()
-    for i in range(len(items)):
-        value, error = pipes[i % processes].recv()
-        if error:
-            raise error
-        yield value

@@ -84,19 +84,20 @@ def exit_at_signals():
             signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
-def run_jobs(function, jobs, processes, folder_of):
+def run_jobs(function, jobs, processes, folder_of=lambda job: None):
     """Yield (job, function(job)) for all jobs, in the order in which they end, so many at a time;
     with one process: in this one. What function raises is raised here.
 
     The folder of a job is held as long as one of its jobs runs, and until the last value of it was
-    taken. A folder that another command holds is passed over and come back to.
+    taken. A folder that another command holds is passed over and come back to. None: no folder.
     """
     todo, running, locks, told = list(jobs), {}, {}, False
 
     def hold(job):
         folder = folder_of(job)
         try:
-            locks[folder] = locks.get(folder) or lock_folder(folder)
+            if folder:
+                locks[folder] = locks.get(folder) or lock_folder(folder)
         except UserError:  # in use
             return False
         return True

@@ -12,9 +12,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 import unicodedata
-from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -29,9 +27,7 @@ from data.text import read_documents
 from data.tokenizer import (
     CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
 )
-from tests.helpers import (
-    ROOT, WORDS, packed_tar, packed_zip, send, start, wait_for, write_corpus,
-)
+from tests.helpers import ROOT, WORDS, packed_tar, packed_zip, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -275,34 +271,6 @@ def test_docs_are_the_same_from_any_number_of_processes(tmp_path, monkeypatch):
             " ".join(prose.format(word).split()) for word in words]
         path.write_text("kept")
         assert docs.extract_docs(cache, processes).read_text() == "kept"
-
-
-def test_what_a_reading_process_raises_is_raised_here(tmp_path):
-    with pytest.raises(FileNotFoundError, match="gone.py"):
-        list(docs.parallel_map(docs.read_prose, [tmp_path / "gone.py"], 2))
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere there is one process")
-def test_processes_that_read_end_with_a_parent_that_is_killed(tmp_path):
-    def read(item):
-        (tmp_path / str(os.getpid())).touch()
-        return bytes(9999)
-
-    def work():
-        for _ in docs.parallel_map(read, list(range(10_000)), 2):
-            time.sleep(1)  # so that the pipes are full
-
-    def is_running(pid):
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.exists() and ") Z " not in stat.read_text()
-
-    parent = start(work)
-    wait_for(parent, lambda: len(list(tmp_path.iterdir())) == 2)
-    send(parent, signal.SIGKILL)
-    readers, end = [path.name for path in tmp_path.iterdir()], time.time() + 10
-    while any(map(is_running, readers)) and time.time() < end:
-        time.sleep(0.01)
-    assert len(readers) == 2 and not any(map(is_running, readers))
 
 
 # ---- tokens
