@@ -90,7 +90,7 @@ def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
     assert caches == ["c", *[str(tmp_path / "runs")] * 2] * 2
     # 20 steps took 1.2 s: 10 minutes and 8.3, and twice random's for the fine-tunings.
     assert "about 0 h 12 min, 3 at a time" in done.stderr
-    assert not list((tmp_path / "runs").iterdir()) and len(calls) == 2
+    assert not (tmp_path / "runs").exists() and len(calls) == 2
 
 
 def test_no_such_arm(tmp_path):
@@ -126,8 +126,12 @@ def test_every_arm_differs_from_random_by_what_the_plan_says(arms):
         "low": own | {"select": "low"}, "vocabulary": own | {"score_input": "vocabulary"},
         "context": own | {"score_input": "context"}, "distill": {"distill": "complete"},
         "entropy": entropy, "entropy-distill": entropy | {"distill": "complete"},
-        "static": {"static": True}, "redrawn": {"select": "sample"},
-        "literal": high | {"score_input": "unmasked", "pool": 0}}
+        "double": {"steps": 20000}, "static": {"static": True}, "redrawn": {"select": "sample"},
+        "literal": high | {"score_input": "unmasked", "pool": 0},
+        **{f"{arm}-{other}": flags | more for arm, flags in (("random", {}), ("self", own))
+           for other, more in (("1.6M", {"corpus_tokens": 1600000}),
+                               ("25.8M", {"corpus_tokens": 25800000}),
+                               ("30", {"mask_rate": 0.3, "mask_rate_end": 0.3}))}}
     assert {arm for arm, args in arms.items() if args.teacher} == {
         "entropy", "distill", "entropy-distill"}
 

@@ -37,7 +37,9 @@ CONTRASTS = {  # (arm, control) -> the seeds that were planned
     ("high", "self"): SIX, ("high", "longer"): SIX, ("low", "self"): SIX, ("low", "longer"): SIX,
     ("vocabulary", "random"): SIX, ("context", "longer"): SIX, ("context", "vocabulary"): SIX,
     ("entropy-distill", "distill"): KD, ("entropy", "random"): THREE, ("static", "random"): THREE,
-    ("literal", "random"): THREE, ("redrawn", "random"): SIX, ("error-fall", "fall"): MOON}
+    ("literal", "random"): THREE, ("double", "random"): THREE, ("redrawn", "random"): SIX,
+    ("error-fall", "fall"): MOON,
+    **{(f"self-{other}", f"random-{other}"): THREE for other in ("1.6M", "25.8M", "30")}}
 # Holm's correction is over these three arms. self must differ from both of its controls.
 CONFIRMATORY = {"self": ("random", "longer"), "error": ("random",), "entropy-distill": ("distill",)}
 
