@@ -188,7 +188,10 @@ def fetch(task, file, glue_dir, cache):
     # One archive a task; the original release of MRPC is one address a file.
     url, size, sha256 = next(entry for entry in FILES[task]
                              if entry[0].endswith((".zip", file)))
-    path = download([url], size, sha256, Path(cache) / "downloads" / url.rpartition("/")[2])
+    try:
+        path = download([url], size, sha256, Path(cache) / "downloads" / url.rpartition("/")[2])
+    except UserError as error:
+        raise UserError(f"{error}; or give a folder that has {task}/{file} with --glue-dir")
     if path.suffix != ".zip":
         return path, path.read_bytes()
     member = f"{task}/{file}"

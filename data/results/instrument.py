@@ -1,29 +1,53 @@
-"""Which recipe of fine-tuning sees most for its time? See instrument.sh.
+"""Which recipe of fine-tuning sees most for its time? See instrument.sh, recipe.md.
 
-    python -m data.results.instrument RUNS       # the folder that instrument.sh has filled
+    python -m data.results.instrument [FILE]                # the table
+    python -m data.results.instrument [FILE] --todo 0 1 2   # what is missing for these seeds
+    glue.py ... --jsonl | python -m data.results.instrument [FILE] --keep RUN
+
+FILE (default: instrument.jsonl in this folder) has a line for each score, and for each pretraining.
 """
 
+import argparse
 import json
 import statistics
 import sys
 from pathlib import Path
 
+from data.runs import read_log
 from data.tasks import PRIMARY
 
+HERE = Path(__file__).parent
+RECIPES = [(20_000, 1), (5000, 3)]  # training rows, epochs
+# The third, 20 000 rows and three epochs, was run by gate.sh: bfloat16, on another machine, at the
+# rates of glue.py. A fine-tuning of it takes three times what one epoch takes.
+GATE = (20_000, 3)
+RATES = {False: (1e-3, 5e-4, 2e-3), True: (5e-4, 2.5e-4, 1e-3)}  # of random weights?
+SEEDS = 3  # of fine-tuning, at the best rates
 
-def read_cells(runs):
-    """-> {(recipe, rate, of random weights?): {(pretraining, fine-tuning seed): {task: (accuracy,
-    seconds)}}}, of seeds that have all four tasks. A recipe is (training rows, epochs)."""
-    found = {}
-    for entry in map(json.loads, (runs / "scores.jsonl").read_text().splitlines()):
-        recipe, (run, _, seed) = entry["recipe"], entry["run"].rpartition("-")
-        if entry["task"] in PRIMARY and not recipe["freeze"]:
-            key = (recipe["max_train"], recipe["epochs"]), recipe["lr"], run == "random weights"
-            cell = found.setdefault(key, {}).setdefault((int(seed), entry["seed"]), {})
-            part = "matched" if entry["task"] == "MNLI" else "accuracy"
-            cell[entry["task"]] = entry["parts"][part], entry["seconds"]
-    return {key: {seeds: cell for seeds, cell in cells.items() if len(cell) == len(PRIMARY)}
-            for key, cells in found.items()}
+
+def read(path):
+    """-> ({(recipe, of random weights?): {rate: {(pretraining, fine-tuning seed): {task:
+    (accuracy, seconds)}}}}, [seconds of the pretrainings])."""
+    cells, pretrainings = {}, {}
+    lines = path.read_text().splitlines() if path.exists() else []
+    for line in (HERE / "scores.jsonl").read_text().splitlines():
+        if '"study": "gate"' in line and ("random-10000-" in line or "random weights" in line):
+            lines.append(line)
+    for e in map(json.loads, lines):
+        arm, _, seed = e["run"].rpartition("-")
+        if "pretraining" in e:
+            pretrainings[e["run"]] = e["pretraining"]
+            continue
+        recipe = e.get("recipe") or {"max_train": GATE[0], "epochs": GATE[1], "lr": 0.0}
+        key = (recipe["max_train"], recipe["epochs"]), arm == "random weights"
+        cell = cells.setdefault(key, {}).setdefault(recipe["lr"], {}).setdefault(
+            (int(seed), e["seed"]), {})
+        part = "matched" if e["task"] == "MNLI" else "accuracy"
+        cell[e["task"]] = e["parts"][part], e["seconds"]
+    for rates in cells.values():
+        for rate, found in rates.items():
+            rates[rate] = {key: cell for key, cell in found.items() if len(cell) == len(PRIMARY)}
+    return cells, list(pretrainings.values())
 
 
 def mean(cell, which=0):
@@ -31,41 +55,86 @@ def mean(cell, which=0):
 
 
 def best_rate(cells, recipe, of_weights):
-    """The seeds' cells at the rate that is best with fine-tuning seed 0."""
-    rates = {key[1]: found for key, found in cells.items()
-             if key[0] == recipe and key[2] == of_weights}
-    first = {rate: statistics.fmean(mean(cell) for (_, fine), cell in found.items() if not fine)
-             for rate, found in rates.items()}
-    print(recipe, "random weights" if of_weights else "random",
-          ", ".join(f"{rate}: {value:.2f}" for rate, value in sorted(first.items())))
-    return rates[max(first, key=first.get)]
+    """The rate that is best for seed 0; None before all were tried."""
+    tried = {rate: found[0, 0] for rate, found in cells.get((recipe, of_weights), {}).items()
+             if (0, 0) in found}
+    if recipe != GATE and not set(RATES[of_weights]) <= tried.keys():
+        return None
+    return max(tried, key=lambda rate: mean(tried[rate]), default=None)
 
 
-def main():
-    runs = Path(sys.argv[1])
-    cells = read_cells(runs)
-    last = [json.loads((runs / f"random-{seed}/log.jsonl").read_text().splitlines()[-1])
-            for seed in range(3)]
-    P = statistics.fmean(line["seconds"] for line in last) / 60
-    print(f"P: {P:.1f} minutes of pretraining, without evaluations")
-    for recipe in sorted({key[0] for key in cells}):
-        ours, theirs = (best_rate(cells, recipe, of_weights) for of_weights in (False, True))
+def todo(cells, seeds):
+    """Yield (seed, rate of the run, of random weights, rows, epochs, fine-tuning seeds). The rates
+    are - before seed 0 has chosen them."""
+    for recipe in RECIPES:
+        rates = {of: cells.get((recipe, of), {}) for of in (False, True)}
+        best = [best_rate(cells, recipe, of) for of in (False, True)]
+        for pair in zip(RATES[False], RATES[True]) if 0 in seeds and None in best else ():
+            if any((0, 0) not in rates[of].get(rate, {}) for of, rate in enumerate(pair)):
+                yield 0, *pair, *recipe, 1
+        for seed in seeds:
+            if any((seed, fine) not in rates[of].get(rate, {})
+                   for of, rate in enumerate(best) for fine in range(SEEDS)):
+                yield seed, *(rate or "-" for rate in best), *recipe, SEEDS
+
+
+def keep(run, path):
+    """Add what is new of stdin, lines of glue.py --jsonl, and the seconds of the pretraining."""
+    pretraining = {"run": run.name, "pretraining": read_log(run)[-1]["seconds"]}
+    there = path.read_text().splitlines() if path.exists() else []
+    for e in [pretraining, *map(json.loads, sys.stdin)]:
+        if "correct" in e:
+            e["correct"] = f"{int('0' + e['correct'], 2):x}"  # as in quality.jsonl
+        if (line := json.dumps(e)) not in there:
+            there.append(line)
+    path.write_text("".join(f"{line}\n" for line in there))
+
+
+def print_table(cells, pretrainings):
+    P = statistics.fmean(pretrainings) / 60
+    print(f"P: {P:.1f} minutes of pretraining, without evaluations\n")
+    print("| rows, epochs | rates | gain of each seed | gain | s_pre | s_fine | c | n = 1 | n = 2 | "
+          f"n = 3 |\n{'|---' * 10}|")
+    for recipe in (*RECIPES, GATE):
+        best = [best_rate(cells, recipe, of) for of in (False, True)]
+        if None in best:
+            continue
+        ours, theirs = (cells[recipe, bool(of)][rate] for of, rate in enumerate(best))
         gains = {}
         for seed, fine in sorted(ours.keys() & theirs.keys()):
             gain = mean(ours[seed, fine]) - mean(theirs[seed, fine])
             gains.setdefault(seed, []).append(gain)
         n = min(map(len, gains.values()))
         if n < 2 or len(gains) < 2:
-            print(recipe, "has one fine-tuning seed at its best rates: score the others there")
             continue
         fine = statistics.fmean(statistics.variance(values) for values in gains.values())
         seeds = [statistics.fmean(values) for values in gains.values()]
         gain, pre = statistics.fmean(seeds), max(0.0, statistics.variance(seeds) - fine / n)
-        c = statistics.fmean(mean(cell, 1) * len(cell) for cell in ours.values()) / 60
-        costs = ", ".join(f"n {n}: {(P + n * c) * (pre + fine / n) / gain**2:.3f}"
-                          for n in (1, 2, 3))
-        print(recipe, f"gain {gain:.2f}, s_pre {pre**0.5:.2f}, s_fine {fine**0.5:.2f}, c {c:.1f} "
-              f"minutes; {costs}")
+        one_epoch = cells[(recipe[0], 1), False] if recipe == GATE else {0: ours}
+        minutes = [len(PRIMARY) * mean(cell, 1) / 60 for found in one_epoch.values()
+                   for cell in found.values()]
+        c = statistics.fmean(minutes) * (3 if recipe == GATE else 1)
+        costs = [f"{(P + n * c) * (pre + fine / n) / gain**2:.3f}" for n in (1, 2, 3)]
+        each = ", ".join(f"{gain:.2f}" for gain in seeds)
+        print(f"| {recipe[0]}, {recipe[1]} | {best[0]:g}, {best[1]:g} | {each} | {gain:.2f} | "
+              f"{pre**0.5:.2f} | {fine**0.5:.2f} | {c:.1f} | {' | '.join(costs)} |")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", type=Path, nargs="?", default=HERE / "instrument.jsonl")
+    parser.add_argument("--todo", type=int, nargs="+", metavar="SEED")
+    parser.add_argument("--keep", type=Path, metavar="RUN")
+    args = parser.parse_args()
+    if args.keep:
+        return keep(args.keep, args.file)
+    cells, pretrainings = read(args.file)
+    if args.todo:
+        for line in todo(cells, args.todo):
+            print(*line)
+    else:
+        print_table(cells, pretrainings)
 
 
 if __name__ == "__main__":

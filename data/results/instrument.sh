@@ -1,37 +1,41 @@
 #!/usr/bin/env bash
 # Which recipe of fine-tuning sees most for its time? Random masking against random weights, seeds 0 to 2,
-# by three recipes, each at the best of three rates. From the repository's folder:
+# by two recipes, each at the best of three rates. From the repository's folder:
 #
-#     CORPUS=FILE GLUE=FOLDER bash data/results/instrument.sh      # DTYPE=float32, CACHE=FOLDER, JOBS=2
+#     CORPUS=FILE GLUE=FOLDER bash data/results/instrument.sh      # SEEDS="0 1 2", JOBS=2, CACHE=FOLDER
+#     python -m data.results.instrument                            # the table, with the gate's recipe beside it
 #
-# Started again it goes on. The rule: the least (P + n c) (s_pre^2 + s_fine^2 / n) / gain^2, where P and c are
-# minutes of a pretraining and of n fine-tuning seeds each, s_pre and s_fine the deviations of the gain between them.
+# It can be killed and started again at any time: what is scored is a line of instrument.jsonl (OUT). Seed 0
+# chooses the rates, so it comes first. The rule: the least (P + n c) (s_pre^2 + s_fine^2 / n) / gain^2, where P
+# and c are minutes of a pretraining and of each of n fine-tunings, s_pre and s_fine the gain's deviations.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?}" "${GLUE:?}"
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/instrument} CACHE=${CACHE:-data/cache} OMP_NUM_THREADS=1
-M="--dtype ${DTYPE:-bfloat16} --threads 1"
+M="--dtype ${DTYPE:-float32} --threads 1" ask="-m data.results.instrument ${OUT:-}"
 mkdir -p "$RUNS"
-for seed in 0 1 2; do
+todo() { "$PYTHON" $ask --todo ${SEEDS:-0 1 2}; }  # lines: SEED, rate of runs, of random weights, ROWS EPOCHS SEEDS
+todo | cut -d" " -f1 | sort -u | while read -r seed; do  # these are needed first
     run=$RUNS/random-$seed
     if [ -e "$run/model.pt" ]; then continue; fi
     if [ -e "$run/config.json" ]; then set -- --resume "$run" --cache "$CACHE"
-    else set -- --out "$run" --masking random --seed $seed --corpus "$CORPUS" --cache "$CACHE" --corpus-tokens 5200000 \
-        --steps 10000 --warmup-frac 0.02 --decay-frac 0.125 --eval-every 1000 --checkpoint-every 1000 $M ${FLAGS:-}; fi
+    else set -- --out "$run" --masking random --seed "$seed" --corpus "$CORPUS" --cache "$CACHE" \
+        --corpus-tokens 5200000 --steps 10000 --warmup-frac 0.02 --decay-frac 0.125 --eval-every 1000 \
+        --checkpoint-every 1000 $M ${FLAGS:-}; fi
     echo "$PYTHON train.py $*"
 done | xargs -r -P "${JOBS:-2}" -I{} sh -c "{} >> $RUNS/train.txt 2>&1"
-score() {  # LR OF-RANDOM-WEIGHTS MAX-TRAIN EPOCHS SEEDS PRETRAINING-SEEDS...
-    local lr=$1 w=$2 n=$3 e=$4 s=$5; shift 5
-    "$PYTHON" -c "import sys, glue; glue.RATES[True, False] = ($w, $w); sys.argv[0] = 'glue.py'; glue.main()" \
-        $(printf "$RUNS/random-%s " "$@") --lr $lr --embedding-lr $lr --tasks SST-2,QQP,MNLI,QNLI --glue-dir "$GLUE" \
-        --cache "$RUNS" --max-train $n --epochs $e --seeds $s $M ${FINE:-} >> "$RUNS/glue.txt" 2>&1
-}
-for recipe in "${N20:-20000} 1" "${N5:-5000} 3" "${N20:-20000} 3"; do
-    for rates in "5e-4 2.5e-4" "1e-3 5e-4" "2e-3 1e-3"; do score $rates $recipe 1 ${SEEDS:-0 1 2}; done
-    score 1e-3 5e-4 $recipe 3 0 1 2  # the errors of three fine-tuning seeds; at another best rate: again, with that
+while lines=$(todo) && [ "$lines" ]; do
+    read -r seed lr of_weights rows epochs seeds <<< "$lines"  # the first of them
+    [ "$lines" != "${before:-}" ] || { tail -n 1 "$RUNS/glue.txt" >&2; exit 1; }
+    before=$lines run=$RUNS/random-$seed
+    # A table shows random weights at one rate of their own: here it is this one.
+    glue() {
+        "$PYTHON" -c "import sys, glue; glue.RATES[True, False] = ($of_weights, $of_weights)
+sys.argv[0] = 'glue.py'; glue.main()" "$run" --cache "$RUNS" $M --lr "$lr" --embedding-lr "$lr" --epochs "$epochs" \
+            --tasks SST-2,QQP,MNLI,QNLI --max-train "$rows" "$@" 2>> "$RUNS/glue.txt"
+    }
+    glue --glue-dir "$GLUE" --seeds "$seeds" --jobs "${JOBS:-2}" ${FINE:-} >> "$RUNS/glue.txt"
+    glue --table --jsonl instrument | "$PYTHON" $ask --keep "$run"
+    echo "$(date +%H:%M) seed $seed: $rows rows, $epochs epochs, rates $lr and $of_weights"
 done
-for rate in 2.5e-4 5e-4 1e-3; do  # a table shows random weights at one rate of their own: ask with each
-    "$PYTHON" -c "import sys, glue; glue.RATES[True, False] = ($rate, $rate); sys.argv[0] = 'glue.py'; glue.main()" \
-        "$RUNS"/random-? --cache "$RUNS" $M --table --jsonl instrument
-done | sort -u > "$RUNS/scores.jsonl"
-"$PYTHON" -m data.results.instrument "$RUNS"
+"$PYTHON" $ask
