@@ -93,8 +93,8 @@ def keep(run, path):
 def print_table(cells, pretrainings):
     P = statistics.fmean(pretrainings) / 60
     print(f"P: {P:.1f} minutes of pretraining, without evaluations\n")
-    print("| rows, epochs | rates | gain of each seed | gain | s_pre | s_fine | c | n = 1 | n = 2 | "
-          f"n = 3 |\n{'|---' * 10}|")
+    print("| rows, epochs | rates | gain of each seed | gain | s_pre | s_fine | c | cost, n = 1 |"
+          f" n = 2 | n = 3 |\n{'|---' * 10}|")
     for recipe in (*RECIPES, GATE):
         best = [best_rate(cells, recipe, of) for of in (False, True)]
         if None in best:
