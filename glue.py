@@ -34,7 +34,7 @@ from data.flags import check_ranges, defaults, flag_parser
 from data.jobs import JOB_FLAGS, bytes_of, exit_at_signals, processes_for, run_jobs, signals_later
 from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import measured
-from data.scores import RANDOM_WEIGHTS, add_score, commit, make_tables, read_scores, show_tables
+from data.scores import RANDOM_WEIGHTS, add_score, make_tables, read_scores, show_tables
 from data.tasks import TASKS, batches, encode_task, read_task
 from data.tokenizer import PAD
 from masking import seed_dropout
@@ -377,7 +377,7 @@ def score(job, args, machine):
 
 def work(models, args):
     """Compute every score that is not there yet; then give each model those that are asked for."""
-    machine, version, rows = Machine(args), commit(), {}
+    machine, rows = Machine(args), {}
     print(f"machine: {machine.about}")
     data = {task: read_task(task, args.glue_dir, args.cache, args.max_train)
             for task in args.tasks}
@@ -401,7 +401,7 @@ def work(models, args):
         for job, entry in entries:
             with signals_later():
                 if entry:
-                    add_score(job.model.folder, {**entry, "commit": version})
+                    add_score(job.model.folder, entry)
             bar.set_description_str(f"{job.model.name} {job.task}")
             bar.update()
     here = machine_of(machine.record())

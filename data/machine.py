@@ -9,12 +9,14 @@ in which gradients are summed. Process 0 alone writes; several machines need a s
 """
 
 import ctypes
+import functools
 import math
 import os
 import platform
 import re
 import resource
 import shutil
+import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
@@ -100,6 +102,17 @@ def processor(device):
         return platform.processor() or platform.machine()
 
 
+@functools.cache  # of what began, whatever is checked out meanwhile
+def commit():
+    """The commit of this checkout, with -dirty where files were changed since; "" without git."""
+    root = Path(__file__).parent.parent
+    if not (root / ".git").exists() or not shutil.which("git"):
+        return ""
+    return subprocess.run(
+        ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
+        capture_output=True, text=True).stdout.strip()
+
+
 class Machine:
     """Device, dtype ("float32" or "bfloat16") and threads, from the flags in `args`."""
 
@@ -127,9 +140,10 @@ class Machine:
             self.about += "; other processes are busy, so --threads 1 is faster now"
 
     def record(self):
-        """What config.json and glue.json say of the machine."""
+        """What config.json and glue.json say of where a start or a score was made."""
         return {"machine": self.name, "device": self.device.type, "dtype": self.dtype,
-                "torch": torch.__version__, "threads": self.threads, "processes": WORLD}
+                "torch": torch.__version__, "threads": self.threads, "processes": WORLD,
+                "commit": commit()}
 
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.dtype == "bfloat16")

@@ -10,7 +10,6 @@ A score is in points: 100 times a metric, or the mean of a task's metrics.
 import json
 import math
 import statistics
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,18 +75,6 @@ def add_score(folder, entry):
     path = Path(folder) / "glue.json"
     entries = read_json(path)["scores"] if path.exists() else []
     write_json(path, {"scores": [*entries, entry]})
-
-
-def commit():
-    """The commit of this checkout, with -dirty where files were changed since; "" without git."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists():
-        return ""
-    try:
-        return subprocess.run(["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*"],
-                              capture_output=True, text=True).stdout.strip()
-    except OSError:
-        return ""
 
 
 # --------------------------------------------------------------------------------------------------
