@@ -163,7 +163,8 @@ def write_config(run, flags, tokenizer_sha256="", unigram_entropy=6.0):
         "corpus_sha256": "c" * 64, "tokenizer_sha256": tokenizer_sha256,
         "teacher_sha256": "", "origin_sha256": "", "parameters": 1, "flops": 1000,
         "teacher_flops": 0, "unigram_entropy": unigram_entropy,
-        "starts": [Machine(Namespace(device="auto", dtype="auto", threads=1)).record()]})
+        "starts": [{"date": "2026-11-29 12:00", **Machine(
+            Namespace(device="auto", dtype="auto", threads=1)).record()}]})
 
 
 def save_run(run, model, tokenizer_path, **flags):

@@ -3,6 +3,7 @@
     python -m pytest tests/test_replicate.py -q
 """
 
+import io
 import json
 import os
 import random
@@ -17,11 +18,12 @@ import torch
 
 import train
 from data.results import quality
-from data.results.quality import CONTRASTS, confirm, ninety, read_lines, verdict
+from data.results.quality import CONTRASTS, RULES, confirm, ninety, read_lines, verdict
 from data.runs import read_log
 from data.tasks import PRIMARY, TASKS
 from model import Shape
-from tests.helpers import LABELS, ROOT, WORDS, refused, write_corpus, write_task
+from tests.helpers import LABELS, ROOT, WORDS, call, refused, write_corpus, write_task
+from tests.test_plot import make_run
 
 SCRIPT = ["bash", ROOT / "data/results/replicate.sh"]
 WEIGHTS = "random weights"
@@ -32,8 +34,10 @@ FAKE = """#!/bin/sh
 echo "$@" >> "$CALLS"
 out=$(echo "$@" | sed -n 's/.*--out \\([^ ]*\\).*/\\1/p')
 case "$*" in
-*--keep*) cat > /dev/null; echo "{\\"run\\": \\"$(basename "$5")\\"}" >> "$3" ;;
-glue.py*--table*--jsonl\\ *) echo scores ;;
+*--keep*) cat > /dev/null; echo "{\\"run\\": \\"$(basename "$5")\\", \\"$6\\": 1}" >> "$3" ;;
+glue.py*$BREAKS*--table*) echo "no table" >&2; exit 1 ;;
+glue.py*static-11*--freeze*) echo "the loss is not finite, a lower" >&2; exit 1 ;;
+glue.py*) echo scores ;;
 train.py*--seed\\ 13*static*) mkdir -p "$out"; echo "loss is not finite at step 9" >&2; exit 1 ;;
 train.py*$BREAKS*) mkdir -p "$out"; touch "$out/config.json"; echo "no memory" >&2; exit 1 ;;
 train.py*) out=${out:-$3}; mkdir -p "$out"; touch "$out/config.json" "$out/model.pt"
@@ -63,23 +67,32 @@ def test_all_that_is_planned_is_run_once_and_a_broken_run_goes_on(tmp_path):
     broken, _ = run_script(tmp_path, BREAKS="--seed 12 *context", JOBS="1")
     assert broken.returncode and "no memory" in broken.stderr
     before = kept(tmp_path)
-    done, calls = run_script(tmp_path)
+    assert before[:6] == ["random-10", "random-11", "longer-10", "self-10", "error-10", "fall-10"]
+    done, calls = run_script(tmp_path, MOON="error")
     assert done.returncode == 0, done.stderr
     assert not any(f"{run} " in f"{line} " for run in before for line in calls)
     assert sum("--resume" in line for line in calls) == 1
     found = kept(tmp_path)
-    assert found[:12] == [f"random-{seed}" for seed in range(10, 22)]
     planned = {f"{arm}-{seed}" for pair, seeds in CONTRASTS.items() for arm in pair
-               for seed in seeds if arm != WEIGHTS}
+               for seed in seeds if arm != WEIGHTS and (arm == "error-fall" or "-fall" not in arm)}
     assert len(found) == len(set(found)) and set(found) == planned
     assert len(list((tmp_path / "runs").glob("teacher-?"))) == 3
-    assert run_script(tmp_path)[1] == []
+    assert [line.split()[-1] for line in run_script(tmp_path, MOON="error")[1]] == ["--check"]
+    assert not any("scores" in path.read_text() for path in (tmp_path / "runs").glob("*.txt"))
 
 
 def test_a_run_that_diverged_is_kept_without_scores(tmp_path):
     _, calls = run_script(tmp_path, SEEDS="13", ARMS="static")
-    assert [line.split()[0] for line in calls] == ["train.py", "-m"] and kept(tmp_path) == [
-        "static-13"]
+    assert [line.split()[0] for line in calls] == ["train.py", "-m"]
+    _, calls = run_script(tmp_path, SEEDS="11", ARMS="static")  # a fine-tuning did
+    assert "--table" not in " ".join(calls) and kept(tmp_path) == ["static-13", "static-11"]
+    assert (tmp_path / "runs/quality.jsonl").read_text().count("--diverged") == 2
+
+
+def test_nothing_is_kept_where_the_scores_could_not_be_read(tmp_path):
+    done, _ = run_script(tmp_path, SEEDS="14", ARMS="random", BREAKS="random-14 --cache")
+    assert done.returncode and "no table" in done.stderr
+    assert not (tmp_path / "runs/quality.jsonl").exists()
 
 
 def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
@@ -102,7 +115,7 @@ def test_no_such_arm(tmp_path):
 def arms(tmp_path_factory):
     """{arm: the flags of seed 10} of all trainings, as train.py reads them."""
     folder, found = tmp_path_factory.mktemp("arms"), {}
-    _, calls = run_script(folder, SEEDS="10")
+    _, calls = run_script(folder, SEEDS="10", MOON=" ".join(RULES))
     for line in calls:
         words = line.split()
         if words[0] == "train.py":
@@ -117,27 +130,31 @@ def test_every_arm_differs_from_random_by_what_the_plan_says(arms):
     falling = {"mask_rate": 0.3, "steps": 8297}  # it ends at 15 %, as random does
     error = own | {"select": "sample", "score_input": "error"}
     high = {name: value for name, value in own.items() if name != "select"}
+    slow = falling | {"steps": 5864}  # they ask the model
+    vocabulary, context = (own | {"score_input": name} for name in ("vocabulary", "context"))
     assert {arm: {name: value for name, value in vars(args).items()
                   if value != getattr(arms["random"], name) and name not in ("out", "teacher")}
             for arm, args in arms.items()} == {  # settled: without entropies, select is "high"
         "teacher": {"seed": 104, "size": "wide", "corpus_tokens": 0, "steps": 20000, "lr": 1e-3},
         "random": {}, "longer": {"steps": 14014}, "self": own, "error": error, "fall": falling,
-        "error-fall": error | falling, "high": high,
-        "low": own | {"select": "low"}, "vocabulary": own | {"score_input": "vocabulary"},
-        "context": own | {"score_input": "context"}, "distill": {"distill": "complete"},
+        "error-fall": error | falling, "vocabulary-fall": vocabulary | falling,
+        "self-fall": own | slow, "high-fall": high | slow, "context-fall": context | slow,
+        "high": high,
+        "low": own | {"select": "low"}, "vocabulary": vocabulary, "context": context,
+        "distill": {"distill": "complete"},
         "entropy": entropy, "entropy-distill": entropy | {"distill": "complete"},
         "double": {"steps": 20000}, "static": {"static": True}, "redrawn": {"select": "sample"},
         "literal": high | {"score_input": "unmasked", "pool": 0},
         **{f"{arm}-{other}": flags | more for arm, flags in (("random", {}), ("self", own))
            for other, more in (("1.6M", {"corpus_tokens": 1600000}),
                                ("25.8M", {"corpus_tokens": 25800000}),
-                               ("30", {"mask_rate": 0.3, "mask_rate_end": 0.3}))}}
+                               ("rate30", {"mask_rate": 0.3, "mask_rate_end": 0.3}))}}
     assert {arm for arm, args in arms.items() if args.teacher} == {
         "entropy", "distill", "entropy-distill"}
 
 
-@pytest.mark.parametrize("arm, other", [("longer", "self"), ("fall", "random"),
-                                        ("error-fall", "random")])
+@pytest.mark.parametrize("arm, other", [
+    ("longer", "self"), ("fall", "random"), *((f"{rule}-fall", "random") for rule in RULES)])
 def test_steps_are_those_of_equal_flops(arm, other, arms):
     def prepare(arm):
         model = Namespace(shape=Shape(8192, 2, 128, 128), parameters=lambda: iter([torch.ones(1)]))
@@ -207,7 +224,8 @@ def run(arm, seed, right, **more):
     where = {"device": "cpu", "dtype": "float32", "torch": "2", "machine": "ours", "commit": "c0"}
     return {**where, "run": f"{arm}-{seed}", "arm": arm, "seed": seed, "finished": True,
             "flops": 100, "teacher_flops": 0, "teacher_sha256": "", "val_loss": 5.0, "scores": [
-                {**where, "task": task, "seed": 0, "recipe": {"epochs": 1, "freeze": False},
+                {**where, "task": task, "seed": 0, "data": "d",
+                 "recipe": {"epochs": 1, "freeze": False},
                  "score": 10 * right, "parts": dict.fromkeys(TASKS[task].parts, 10 * right),
                  "rows": [9, 10], "correct": f"{int('1' * right + '0' * (10 - right), 2):x}"}
                 for task in PRIMARY], **more}
@@ -244,16 +262,17 @@ def test_the_table_by_hand(tmp_path, capsys):
     # seeds: sqrt(4 (0.25 / 10 - 0.05^2) / 10) / 4 = 2.37 points; together 2.81.
     assert cells(out, "self", "random") == [
         "12", "+5.00 [+1.68, +8.32]", "[+2.29, +7.71]", "0.0069", "0.0312", "0.2078", "2.81",
-        "1.40", "1.40", "2.75", "gain"]
+        "1.40", "1.40", "-", "-"]
+    assert "\nself: inconclusive\nerror: gain\n" in out and "entropy-distill:" not in out
     # Five of 10, one of -10: mean 3.33, error sqrt((600 - 133.3) / 11 / 12) = 1.880, t 1.773. It is
     # the larger p of self, and the second of Holm's three: twice.
     assert cells(out, "self", "longer")[:6] == [
         "12", "+3.33 [-0.81, +7.47]", "[-0.04, +6.71]", "0.1039", "0.2188", "0.2078"]
     # Nine of 10: mean 7.5, error sqrt(225 / 11 / 12) = 1.306, t 5.745: p 0.00013, three times.
     assert cells(out, "error", "random")[3:6] == ["0.0001", "0.0039", "0.0004"]
-    # Two of 10: 1.67 points for 0.487 doublings; so self's 5 points are worth 2^(5 / 3.42) times.
-    assert "doubling of random masking's steps gives +3.42 points" in out
     assert cells(out, "random", "randomweights")[6:9] == ["4.74", "-", "-"]
+    assert "paper's +5 % would be 3.00 points: not refuted for self" in out  # it may gain 8.32
+    assert "is chosen when these are full: vocabulary - random" in out
     picture = (tmp_path / "quality.svg").read_text()
     assert "pretraining gains +10.00" in picture and "the paper&#x27;s +5 % +3.00" in picture
     assert "self - longer" in picture and "random - random weights" not in picture
@@ -264,7 +283,8 @@ def test_nothing_is_shown_below_its_number_of_pairs(tmp_path, capsys):
     out = printed([*some, run("self", 22, 9), run("random", 22, 6)], tmp_path, capsys)
     assert "self - random: 11 of 12 pairs, not shown yet" in out
     assert cells(out, "self", "random") is None and cells(out, "error", "random")
-    assert "self" not in out.split("arm ")[1] and not (tmp_path / "quality.svg").exists()
+    assert cells(out, "self", "longer") is None and "\nself: " not in out and "for self" not in out
+    assert not (tmp_path / "quality.svg").exists()
 
 
 def test_seeds_of_no_plan_are_shown_apart(tmp_path, capsys):
@@ -325,12 +345,70 @@ def test_self_must_differ_from_both_of_its_controls_in_one_direction():
     assert confirm(found(1) | rest)["self"] == 1  # the other is not full yet
 
 
-@pytest.mark.parametrize("difference, smallest, said", [
-    (4.5, None, "gain"), (4.5, 9.0, "gain, too small to matter"), (-4.5, 1.0, "loss"),
-    (1.0, None, "inconclusive"), (1.0, 4.5, "inconclusive"), (1.0, 4.7, "no gain that matters")])
-def test_the_verdict_knows_the_smallest_effect(difference, smallest, said, monkeypatch):
+def test_a_difference_is_told_as_steps_where_longer_is_surely_better(tmp_path, capsys):
+    """longer gains 10 points on eleven seeds, 6.67 on average less nothing; error 7.5."""
+    some = [run("longer", line["seed"], 7 - (line["seed"] == 10), flops=140)
+            if line["arm"] == "longer" else line for line in lines()]
+    # 9.17 points for 0.487 doublings: 7.5 are worth 2^(0.487 x 7.5 / 9.17) = 1.32 times the steps.
+    said = cells(printed(some, tmp_path, capsys), "error", "random")[-1]
+    value, low, high = map(float, said.replace("[", "").replace("]", "").replace(",", "").split())
+    assert value == pytest.approx(2 ** (0.48687 * 7.5 / 9.16667), abs=0.005)
+    assert low < 1.25 < 1.4 < high
+
+
+@pytest.mark.parametrize("best, chosen", [
+    ({}, "error-fall"), ({"context": 0.19}, "error-fall"), ({"context": 0.21}, "context-fall"),
+    ({"error": -0.5, "self": -0.4, "high": -0.4, "context": -0.4, "vocabulary": -0.4}, "none")])
+def test_the_rule_of_the_last_test_is_chosen_by_six_seeds(best, chosen):
+    full = {}
+    for arm, control in RULES.items():
+        full[arm, control] = {seed: tuple(
+            {"scores": [{"task": task, "seed": 0, "recipe": quality.RECIPE, "score": score,
+                         "parts": dict.fromkeys(TASKS[task].parts, score)} for task in PRIMARY]}
+            for score in (60 + best.get(arm, 0.0) + 9 * (seed > 15), 60)) for seed in range(10, 22)}
+    assert f"The last test: {chosen}" in quality.choose_last(full)
+
+
+@pytest.mark.parametrize("p, difference, smallest, said", [
+    (0.04, 4.5, None, "gain"), (0.04, 4.5, 9.0, "gain, too small to matter"),
+    (0.04, -4.5, 1.0, "loss"), (0.06, 4.5, None, "inconclusive"), (0.06, 1.0, 4.5, "inconclusive"),
+    (0.06, 1.0, 4.7, "no gain that matters")])
+def test_the_verdict_knows_the_smallest_effect(p, difference, smallest, said, monkeypatch):
     monkeypatch.setattr(quality, "SMALLEST", smallest)
-    result = {"difference": difference, "seed_error": 2.0, "seeds": range(12),
-              "low": difference - 4.402, "high": difference + 4.402}
+    result = {"difference": difference, "seed_error": 2.0, "seeds": range(12)}
     assert ninety(result) == pytest.approx([difference - 3.592, difference + 3.592], abs=1e-3)
-    assert verdict(result) == said
+    other = {**result, "difference": 99}  # self: against longer
+    found = {("self", "random"): other, ("self", "longer"): result}
+    assert verdict("self", found, {"self": p}) == said
+
+
+def keep(folder, entries, monkeypatch, *flags):
+    """quality.py --keep of a run folder, with these scores as glue.py prints them."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(map(json.dumps, entries)) + "\n\n"))
+    call(["data/results/quality.py", folder / "q.jsonl", "--keep", folder / "self-3", *flags],
+         monkeypatch)
+
+
+def test_a_run_is_kept_once_and_only_with_all_its_scores(tmp_path, monkeypatch, capsys):
+    make_run(tmp_path / "self-3", [9.0, 5.0])
+    entries = [{**e, "run": name, "correct": "1010", "score": score}
+               for name, score in (("self-3", 1.0), ("random weights-3", 2.0), ("self-3", 3.0))
+               for e in run("self", 3, 7)["scores"]]
+    with pytest.raises(SystemExit):
+        keep(tmp_path, entries[1:4], monkeypatch)
+    assert "self-3 is not kept, since it has no score" in capsys.readouterr().err
+    assert not (tmp_path / "q.jsonl").exists()
+    keep(tmp_path, entries, monkeypatch)
+    keep(tmp_path, entries, monkeypatch)
+    ours, weights = map(json.loads, (tmp_path / "q.jsonl").read_text().splitlines())
+    assert [e["score"] for e in ours["scores"]] == [3.0] * 4 and ours["scores"][0]["correct"] == "a"
+    assert [e["score"] for e in weights["scores"]] == [2.0] * 4 and ours["finished"]
+    assert ours["flags"]["mask_rate"] == 0.15 and "corpus" not in ours["flags"]
+    ours["commit"] = "of another"
+    (tmp_path / "q.jsonl").write_text(json.dumps(ours) + "\n")
+    line = refused(["data/results/quality.py", tmp_path / "q.jsonl", "--check"], monkeypatch,
+                   capsys)
+    assert "is of commit of another, and this is" in line
+    keep(make_run(tmp_path / "b" / "self-3", [9.0, 5.0]).parent, [], monkeypatch, "--diverged")
+    line, = map(json.loads, (tmp_path / "b" / "q.jsonl").read_text().splitlines())
+    assert not line["finished"] and not line["scores"]

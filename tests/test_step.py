@@ -234,6 +234,15 @@ ARMS = {  # flags -> the training losses of four steps; --teacher is added where
     "--masking entropy --score-input unmasked --select sample --pool 3": [
         6.330, 6.094, 6.017, 5.923],
     "--masking random --distill complete": [6.369, 6.098, 5.817, 5.701],
+    "--masking random --select sample": [6.404, 6.104, 6.129, 5.968],
+    "--masking self --score-input masked --select high": [6.408, 6.087, 5.949, 5.738],
+    "--masking self --score-input masked --select mix --mask-rate 0.3": [
+        6.392, 6.089, 5.975, 5.811],
+    "--masking self --score-input error --select sample --mask-rate 0.3 --mask-rate-end 0.15": [
+        6.375, 6.034, 5.878, 5.817],
+    "--masking entropy --score-input masked --select mix": [6.368, 6.112, 5.962, 5.976],
+    "--masking entropy --score-input masked --select mix --distill complete": [
+        6.368, 6.046, 5.838, 5.749],
 }
 
 

@@ -13,6 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
+from data.files import write_atomic
 from data.runs import read_log
 from data.tasks import PRIMARY
 
@@ -87,7 +88,7 @@ def keep(run, path):
             e["correct"] = f"{int('0' + e['correct'], 2):x}"  # as in quality.jsonl
         if (line := json.dumps(e)) not in there:
             there.append(line)
-    path.write_text("".join(f"{line}\n" for line in there))
+    write_atomic(path, "".join(f"{line}\n" for line in there).encode())
 
 
 def print_table(cells, pretrainings):

@@ -2,6 +2,7 @@
 
     python -m data.results.quality [FILE]      # prints the tables, draws the picture beside FILE
     python glue.py RUN --table --jsonl STUDY | python -m data.results.quality FILE --keep RUN
+    python -m data.results.quality FILE --check            # would it take a run of this commit?
 
 FILE (default: quality.jsonl in this folder) has a line for each run of replicate.sh, and one for
 the random weights of each seed. No planned difference is shown below its number of pairs.
@@ -19,13 +20,15 @@ from data.arms import SAME
 from data.confidence import paired, t_quantile
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
+from data.machine import commit
 from data.results.differences import draw_differences
 from data.results.exit import holm
 from data.runs import read_config, read_log
-from data.scores import RANDOM_WEIGHTS, commit, grid, measures, row_error
+from data.scores import RANDOM_WEIGHTS, grid, measures, row_error
 from data.tasks import PRIMARY
 
 RECIPE = {"epochs": 1, "freeze": False}  # of the primary endpoint (recipe.md)
+PATHS = ("corpus", "teacher", "init_from", "flops_of")  # flags that say where, not what
 SMALLEST = None  # points: the smallest effect of interest; None until plan.md has it
 DOUBLINGS = math.log2(14014 / 10000)  # of the steps of random, that longer has (plan.md)
 
@@ -38,8 +41,11 @@ CONTRASTS = {  # (arm, control) -> the seeds that were planned
     ("vocabulary", "random"): SIX, ("context", "longer"): SIX, ("context", "vocabulary"): SIX,
     ("entropy-distill", "distill"): KD, ("entropy", "random"): THREE, ("static", "random"): THREE,
     ("literal", "random"): THREE, ("double", "random"): THREE, ("redrawn", "random"): SIX,
-    ("error-fall", "fall"): MOON,
-    **{(f"self-{other}", f"random-{other}"): THREE for other in ("1.6M", "25.8M", "30")}}
+    ("distill", "random"): KD,
+    **{(f"self-{kind}", f"random-{kind}"): THREE for kind in ("1.6M", "25.8M", "rate30")}}
+RULES = {"error": "random", "vocabulary": "random", "self": "longer", "high": "longer",
+         "context": "longer"}  # one of them, with a falling rate, is the last test
+CONTRASTS |= {(f"{arm}-fall", "fall"): MOON for arm in RULES}
 # Holm's correction is over these three arms. self must differ from both of its controls.
 CONFIRMATORY = {"self": ("random", "longer"), "error": ("random",), "entropy-distill": ("distill",)}
 
@@ -55,42 +61,60 @@ def points(line, what="primary", **recipe):
 
 
 SECONDARY = {
-    "three epochs": partial(points, epochs=3, freeze=False),
-    "frozen encoder": partial(points, freeze=True),
+    "MNLI": partial(points, what="MNLI matched"), "QNLI": partial(points, what="QNLI accuracy"),
     "STS-B": partial(points, what="STS-B spearman"),
-    "held-out loss": lambda line: line.get("val_loss"),
+    "frozen encoder": partial(points, freeze=True),
+    "three epochs": partial(points, max_train=20_000, epochs=3, freeze=False),
+    "loss (nats)": lambda line: line.get("val_loss"),
     **{f"of the {bin}": lambda line, bin=bin: line["bins"].get(bin, (0, None))[1] for bin in (
         "100 most frequent", "1000 times or more", "100 times or more", "less often")}}
 
 
-def keep(run, path):
-    """Add a finished run to a file, with its scores (stdin: lines of glue.py --jsonl); and the
-    random weights of its seed, if the file has none."""
+def keep(run, path, diverged):
+    """Add a run to a file, with its scores (stdin: lines of glue.py --jsonl); and the random
+    weights of its seed, if the file has none. What is there already stays as it is."""
     config, last, scores = read_config(run), read_log(run)[-1], {}
     flags, starts = config["flags"], config["starts"]
-    for entry in map(json.loads, sys.stdin):
-        # Which rows are right, as a hexadecimal number: a quarter of the letters.
-        entry["correct"] = f"{int('0' + entry['correct'], 2):x}"
-        scores.setdefault(entry.pop("run"), []).append(entry)
-    of_both = {"commit": commit(), "seed": flags["seed"], **{
-        name: "/".join(sorted({start[name] for start in starts})) for name in (*SAME, "machine")}}
+    for entry in map(json.loads, filter(str.strip, sys.stdin)):
+        # Of two that differ in the machine alone, the later.
+        key = entry["task"], entry["seed"], json.dumps(entry["recipe"])
+        scores.setdefault(entry.pop("run"), {})[key] = entry
+    of_both = {"seed": flags["seed"], **{
+        name: "/".join(sorted({start[name] for start in starts}))
+        for name in (*SAME, "machine", "commit")}}
     weights = {"run": f"{RANDOM_WEIGHTS}-{flags['seed']}", "arm": RANDOM_WEIGHTS, **of_both}
     line = {"run": run.name, "arm": run.name.removesuffix(f"-{flags['seed']}"), **of_both,
-            "finished": (run / "model.pt").exists(), "date": starts[0]["date"],
+            "finished": not diverged, "date": starts[0]["date"],
+            "flags": {name: flags[name] for name in config["experiment"] if name not in PATHS},
             **{name: config[name] for name in (
                 "flops", "teacher_flops", "teacher_sha256", "corpus_sha256")},
             **{name: last.get(name) for name in (
                 "val_loss", "context_gain", "loss_by_frequency", "masked", "seconds")}}
+    for each in (line, weights):
+        each["scores"] = list(scores.get(each["run"], {}).values())
+        if not diverged and points(each) is None:
+            raise UserError(f"{path}: {each['run']} is not kept, since it has no score on each of "
+                            f"{', '.join(PRIMARY)}")
+        for entry in each["scores"]:  # which rows are right, in a quarter of the letters
+            entry["correct"] = f"{int('0' + entry['correct'], 2):x}"
     with open(path, "ab", buffering=0) as f:  # in one piece: a kill must not leave half a line
         fcntl.flock(f, fcntl.LOCK_EX)  # two runs may end at the same time
-        old = f'"run": "{weights["run"]}"'.encode() in path.read_bytes()
-        lines = [line, *[weights] * (weights["run"] in scores and not old)]
-        f.write("".join(json.dumps({**line, "scores": scores.get(line["run"], [])}) + "\n"
-                        for line in lines).encode())
+        old = path.read_bytes()
+        f.write("".join(json.dumps(each) + "\n" for each in (line, weights) if each["scores"]
+                        or each is line if f'"run": "{each["run"]}"'.encode() not in old).encode())
+
+
+def check(path):
+    """UserError where a run of this commit could not stand in one table with those of a file."""
+    first = json.loads(path.read_text().partition("\n")[0])["commit"]
+    if first != commit():
+        raise UserError(f"{path} is of commit {first}, and this is {commit()}: run that one, for "
+                        f"example in  git worktree add ../runs {first[:9]}  , or give another OUT")
 
 
 def read_lines(path):
-    """-> {arm: {seed: line}}. UserError for a line of another commit."""
+    """-> {arm: {seed: line}}. UserError for a line of another commit, or a run that is there twice.
+    """
     arms, first = {}, None
     for line in map(json.loads, path.read_text().splitlines()):
         first, commits = first or line["commit"], {e["commit"] for e in (line, *line["scores"])}
@@ -101,7 +125,8 @@ def read_lines(path):
             bits = bin(int(entry["correct"], 16))[2:]
             entry["correct"] = bits.zfill(entry["rows"][1]) if entry["task"] in PRIMARY else ""
         line["bins"] = line.get("loss_by_frequency") or {}
-        arms.setdefault(line["arm"], {})[line["seed"]] = line
+        if arms.setdefault(line["arm"], {}).setdefault(line["seed"], line) is not line:
+            raise UserError(f"{path}: {line['run']} is there twice")
     for line in [line for runs in arms.values() for line in runs.values()]:
         if not line.get("finished", True):  # it diverged: it counts as what it began with
             line["scores"] = arms.get(RANDOM_WEIGHTS, {}).get(line["seed"], line)["scores"]
@@ -112,8 +137,10 @@ def differing(pair):
     """What the two runs of a pair must share and do not -> names."""
     seen = {name: {e[name] for run in pair for e in (run, *run["scores"])} for name in SAME}
     seen["teacher"] = {run.get("teacher_sha256") for run in pair} - {None, ""}
+    seen["text"] = {run.get("corpus_sha256") for run in pair} - {None}
     seen["fine-tunings"] = {str([(e["task"], e["seed"]) for e in by_recipe(run, RECIPE)])
                             for run in pair}
+    seen["rows"] = {str({e["task"]: e["data"] for e in by_recipe(run, RECIPE)}) for run in pair}
     return [name for name, values in seen.items() if len(values) > 1]
 
 
@@ -122,12 +149,14 @@ def pairs_of(arms, contrast):
     (ours, theirs), pairs = (arms.get(arm, {}) for arm in contrast), {}
     for seed in sorted(ours.keys() & theirs.keys()):
         pair = ours[seed], theirs[seed]
-        if names := differing(pair):
-            print(f"{' - '.join(contrast)}, seed {seed}: left out, for another {', '.join(names)}")
-        elif points(ours[seed]) is not None:
-            pairs[seed] = pair
-            if ours[seed]["machine"] != theirs[seed]["machine"]:
-                print(f"{' - '.join(contrast)}, seed {seed}: not of one processor")
+        names = differing(pair) or ["scores"] * any(points(run) is None for run in pair)
+        if names:
+            print(f"{' - '.join(contrast)}, seed {seed}: left out, for "
+                  f"{'want of' if names == ['scores'] else 'another'} {', '.join(names)}")
+            continue
+        pairs[seed] = pair
+        if len({e["machine"] for run in pair for e in (run, *run["scores"])}) > 1:
+            print(f"{' - '.join(contrast)}, seed {seed}: not of one processor")
     return pairs
 
 
@@ -154,12 +183,48 @@ def confirm(found):
     return holm(p)
 
 
-def verdict(result):
-    """What the intervals say, of 95 % and, against the smallest effect of interest, of 90 %."""
-    small = SMALLEST is not None and ninety(result)[1] < SMALLEST
-    if result["low"] > 0:
-        return "gain" + ", too small to matter" * small
-    return "loss" if result["high"] < 0 else "no gain that matters" if small else "inconclusive"
+def verdict(arm, found, p):
+    """What the tests say of a confirmatory arm: the corrected p, and the 90 % interval (self:
+    against longer) against the smallest effect of interest."""
+    last = found[arm, CONFIRMATORY[arm][-1]]
+    small = SMALLEST is not None and ninety(last)[1] < SMALLEST
+    if p[arm] < 0.05:
+        return "gain" + ", too small to matter" * small if last["difference"] > 0 else "loss"
+    return "no gain that matters" if small else "inconclusive"
+
+
+def choose_last(full):
+    """Which rule the last test gives a falling rate, by seeds 10 to 15 (plan.md) -> in words."""
+    missing = [f"{arm} - {control}" for arm, control in RULES.items() if (arm, control) not in full]
+    if missing:
+        return f"The rule of the last test is chosen when these are full: {', '.join(missing)}."
+    means = {arm: compare({seed: full[arm, control][seed] for seed in SIX})["difference"]
+             for arm, control in RULES.items()}
+    best = max(means, key=means.get)
+    rule = best if means[best] >= means["error"] + 0.2 else "error"
+    said = ", ".join(f"{arm} {mean:+.2f}" for arm, mean in means.items())
+    return f"Means of seeds 10 to 15: {said}. The last test: " + (
+        "none, all are below -0.3." if means[best] < -0.3 else f"{rule}-fall.")
+
+
+def as_steps(pairs, arms):
+    """What a difference to random is worth as steps of random masking -> the ratio and its interval
+    by leaving out one seed at a time, as words; - where longer is not surely better."""
+    both = {seed: (points(arms["longer"][seed]) - points(control), points(run) - points(control))
+            for seed, (run, control) in pairs.items() if seed in arms.get("longer", {})}
+
+    def doublings(seeds):
+        longer, ours = (statistics.fmean(both[seed][i] for seed in seeds) for i in (0, 1))
+        return DOUBLINGS * ours / longer
+
+    r = paired({s: x for s, (x, _) in both.items()}, dict.fromkeys(both, 0.0))
+    if not r or r["low"] is None or r["low"] <= 0:
+        return "-"
+    value, n = doublings(both), len(both)
+    each = [doublings([s for s in both if s != left_out]) for left_out in both]
+    half = t_quantile(n - 1) * math.sqrt((n - 1) / n * sum(
+        (x - statistics.fmean(each))**2 for x in each))
+    return f"{2**value:.2f} [{2**(value - half):.2f}, {2**(value + half):.2f}]"
 
 
 def flops(pairs, *names):
@@ -176,11 +241,10 @@ def show(r):
     return "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**r)
 
 
-def print_tables(full, found):
-    p, longer = confirm(found), found.get(("longer", "random"), {"difference": 0})
-    slope = longer["difference"] / DOUBLINGS
-    rows = ["arm,control,n,difference [95 %],[90 %],p,sign flip,Holm,joint error,FLOPs,"
-            "with teacher,as steps,verdict".split(",")]
+def print_tables(full, found, arms):
+    p = confirm(found)
+    rows = ["arm,control,n,difference [95 %],[90 %],p (not corrected),sign flip,p (Holm),"
+            "joint error,FLOPs,with teacher,time,as steps".split(",")]
     for (arm, control), pairs in full.items():
         r, tested = found[arm, control], control in CONFIRMATORY.get(arm, ())
         over_rows = row_error([scores for pair in pairs.values() for scores in zip(*(
@@ -188,13 +252,19 @@ def print_tables(full, found):
         rows.append([
             arm, control, str(len(pairs)), show(r), "[{:+.2f}, {:+.2f}]".format(*ninety(r)),
             f"{r['p_t']:.4f}", f"{r['p_sign_flip']:.4f}", f"{p[arm]:.4f}" if tested else "-",
-            f"{math.hypot(r['seed_error'], over_rows):.2f}",
-            flops(pairs, "flops"), flops(pairs, "flops", "teacher_flops"),
-            f"{2**(r['difference'] / slope):.2f}" if slope > 0 and control == "random" else "-",
-            verdict(r)])
-    print("\n" + grid(rows))
-    if slope:
-        print(f"\nA doubling of random masking's steps gives {slope:+.2f} points.")
+            f"{math.hypot(r['seed_error'], over_rows):.2f}", flops(pairs, "flops"),
+            flops(pairs, "flops", "teacher_flops"), flops(pairs, "seconds"),
+            as_steps(pairs, arms) if control == "random" else "-"])
+    print("\n" + grid(rows) + "\n")
+    for arm, controls in CONFIRMATORY.items():
+        if all((arm, control) in full for control in controls):
+            print(f"{arm}: {verdict(arm, found, p)}")
+    if ("self", "random") in full:
+        claim = 0.05 * statistics.fmean(points(run) for _, run in full["self", "random"].values())
+        known = found["self", "random"]["high"] < claim
+        print(f"The paper's +5 % would be {claim:.2f} points: "
+              + ("refuted here" if known else "not refuted") + " for self.")
+    print(choose_last(full))
     print("\n" + grid([["difference [95 %]", *SECONDARY]] + [
         [" - ".join(contrast), *(show(compare(pairs, of)) for of in SECONDARY.values())]
         for contrast, pairs in full.items()]))
@@ -219,12 +289,16 @@ def draw(full, found, path):
 
 
 def main():
-    parser = flag_parser("python -m data.results.quality [FILE] [--keep RUN]", __doc__)
+    parser = flag_parser("python -m data.results.quality [FILE] [--keep RUN] [--check]", __doc__)
     parser.add_argument("file", type=Path, nargs="?", default=Path(__file__).with_suffix(".jsonl"))
-    parser.add_argument("--keep", type=Path, metavar="RUN", help="add this finished run to FILE")
+    parser.add_argument("--keep", type=Path, metavar="RUN", help="add this run to FILE")
+    parser.add_argument("--diverged", action="store_true", help="it did, or a fine-tuning of it")
+    parser.add_argument("--check", action="store_true", help="UserError for another commit")
     args = parser.parse_args()
     if "keep" in args:
-        return keep(args.keep, args.file)
+        return keep(args.keep, args.file, "diverged" in args)
+    if "check" in args:
+        return check(args.file)
     if not args.file.exists():
         raise UserError(f"{args.file} is not there: bash data/results/replicate.sh makes one")
     arms, full, others = read_lines(args.file), {}, [["of no plan", "n", "difference [95 %]"]]
@@ -239,7 +313,7 @@ def main():
             others.append([" - ".join(contrast), str(len(rest)), show(compare(rest))])
     found = {contrast: compare(pairs) for contrast, pairs in full.items()}
     if full:
-        print_tables(full, found)
+        print_tables(full, found, arms)
     if ("random", RANDOM_WEIGHTS) in full and len(full) > 1:
         draw(full, found, args.file.with_suffix(".svg"))
     if others[1:]:

@@ -13,7 +13,9 @@
 #     JOBS          runs at a time, each with one thread (2)
 #     CORPUS, GLUE  a text; a folder with GLUE's files (default: WikiText-103 and the official files, downloaded)
 #     DTYPE         float32, as planned; bfloat16 is faster where the machine has it. One for all runs of a seed
-#     RUNS, CACHE, OUT, PYTHON    folders, the file with the lines, and the program
+#     MOON=RULE     the last test of the plan, by the rule that quality.py names: error, self, ...
+#     RUNS, CACHE, OUT, PYTHON    folders, the file with the lines, and the program. Where RUNS may go, put OUT
+#                   elsewhere and keep RUNS/glue (scores of random weights) and RUNS/teacher-*/model.pt beside it
 #     FLAGS, FINE   more flags for train.py and for glue.py, as a test of this script has
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -23,16 +25,18 @@ export OMP_NUM_THREADS=1 OUT=${OUT:-$RUNS/quality.jsonl} MACHINE="--dtype ${DTYP
 [ "$DRY" ] || mkdir -p "$RUNS"
 
 # ARM SEED -> flags, an array: how the arm differs from random masking. The steps of `longer` have the FLOPs
-# of self, those of `fall` and `error-fall` the FLOPs of random: train.py --flops-of RUN, of 10 000 steps.
+# of self, those of the falling rates the FLOPs of random: train.py --flops-of RUN, of 10 000 steps.
 set_flags() {
     local own="--masking self --pool 2 --init-frac 0.15"
     local entropy="--masking entropy --score-input masked --select mix --pool 2 --init-frac 0.15"
     local teacher=(--teacher "$RUNS/teacher-$((($2 + 2) / 3))")  # one for three seeds
-    local falling="--mask-rate 0.3 --mask-rate-end 0.15 --steps 8297"
+    local falling="--mask-rate 0.3 --mask-rate-end 0.15 --steps"
     case $1 in
+    self-fall | high-fall | context-fall) set_flags "${1%-*}" "$2" && flags+=($falling 5864 $FLAGS) && return ;;
+    *-fall) set_flags "${1%-*}" "$2" && flags+=($falling 8297 $FLAGS) && return ;;
     *-1.6M) set_flags "${1%-*}" "$2" && flags+=(--corpus-tokens 1600000 $FLAGS) && return ;;
     *-25.8M) set_flags "${1%-*}" "$2" && flags+=(--corpus-tokens 25800000 $FLAGS) && return ;;
-    *-30) set_flags "${1%-*}" "$2" && flags+=(--mask-rate 0.3 $FLAGS) && return ;;
+    *-rate30) set_flags "${1%-*}" "$2" && flags+=(--mask-rate 0.3 $FLAGS) && return ;;
     teacher) flags=(--masking random --size wide --corpus-tokens 0 --steps 20000 --seed $((100 + $2))) ;;
     random) flags=(--masking random) ;;
     longer) flags=(--masking random --steps 14014) ;;
@@ -42,8 +46,7 @@ set_flags() {
     error) flags=($own --score-input error --select sample) ;;
     vocabulary | context) flags=($own --score-input "$1" --select mix) ;;
     literal) flags=(--masking self --pool 0 --init-frac 0.15 --score-input unmasked --select high) ;;
-    fall) flags=(--masking random $falling) ;;
-    error-fall) flags=($own --score-input error --select sample $falling) ;;
+    fall) flags=(--masking random $falling 8297) ;;
     distill) flags=(--masking random --distill complete "${teacher[@]}") ;;
     entropy) flags=($entropy "${teacher[@]}") ;;
     entropy-distill) flags=($entropy --distill complete "${teacher[@]}") ;;
@@ -63,33 +66,32 @@ scorings() {  # SEED -> a line of glue.py's flags for each recipe
 }
 
 say() {  # COMMAND...: run it, its output in $run.txt; with DRY only print it
-    if [ "$DRY" ]; then printf "%q " "$@" && echo; else "$@" >> "$run.txt" 2>&1; fi
+    if [ "$DRY" ]; then printf "%q " "$@" && echo; else "$@" >> "${to:-$run.txt}" 2>> "$run.txt"; fi
 }
 
 one() {  # ARM SEED: pretrain, fine-tune, keep
-    local name=${1-}-${2-} run=$RUNS/${1-}-${2-} flags scoring
+    local name=${1-}-${2-} run=$RUNS/${1-}-${2-} flags scoring scores= diverged=
     if [ $# = 0 ] || grep -qs "\"run\": \"$name\"" "$OUT"; then return; fi
-    set -o pipefail
     set_flags "$1" "$2"
     if [ -e "$run/config.json" ]; then flags=(--resume "$run" --cache "$CACHE"); else flags+=(--out "$run"); fi
-    # Stopped or broken: xargs ends, and nothing is kept. A run that diverged is a result, though.
-    [ -e "$run/model.pt" ] || say "$PYTHON" train.py "${flags[@]}" ||
-        tail -n 3 "$run.txt" | grep -q "is not finite" || broken
+    [ -e "$run/model.pt" ] || say "$PYTHON" train.py "${flags[@]}" || broken
     # Scores of random weights are kept in RUNS: those of other recipes, elsewhere, are not taken for them.
-    if [ "$1" != teacher ] && { [ -e "$run/model.pt" ] || [ "$DRY" ]; }; then
-        while read -r scoring; do
-            say "$PYTHON" glue.py "$run" --glue-dir "$GLUE" --cache "$RUNS" $MACHINE $scoring $FINE < /dev/null ||
-                broken
+    if [ "$1" != teacher ] && [ -z "$diverged" ]; then
+        while read -r scoring; do  # no table of it is kept: one of `random` shows random weights against it
+            to=/dev/null say "$PYTHON" glue.py "$run" --glue-dir "$GLUE" --cache "$RUNS" $MACHINE $scoring $FINE \
+                < /dev/null || broken
         done < <(scorings "$2")
     fi
-    if [ "$DRY" ]; then measure "$1" "$2"
-    elif [ "$1" != teacher ]; then
-        { [ ! -e "$run/model.pt" ] || "$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl replicate; } \
-            2>> "$run.txt" | "$PYTHON" -m data.results.quality "$OUT" --keep "$run" || broken
-        echo "$(date +%H:%M) $name"
-    fi
+    if [ "$DRY" ]; then measure "$1" "$2" && return; fi
+    if [ "$1" = teacher ]; then return; fi
+    [ "$diverged" ] || scores=$("$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl replicate \
+        2>> "$run.txt") || broken
+    "$PYTHON" -m data.results.quality "$OUT" --keep "$run" $diverged <<< "$scores" 2>> "$run.txt" || broken
+    echo "$(date +%H:%M) $name"
 }
-broken() {  # 255: xargs starts no other run
+# Stopped or broken: xargs starts no other run (255), and nothing is kept. What diverged is a result, though.
+broken() {
+    if tail -n 3 "$run.txt" | grep -q "is not finite"; then diverged=--diverged && return; fi
     tail -n 1 "$run.txt" >&2
     exit 255
 }
@@ -123,11 +125,22 @@ stage() {  # "ARMS" SEEDS...: what is asked for of these, seed by seed
         for arm in $arms; do if asked "$arm"; then echo "$arm $seed"; fi; done
     done | all
 }
-teachers() {  # SEEDS...
-    local seed
-    if asked distill || asked entropy || asked entropy-distill; then
-        for seed in ${SEEDS:-$*}; do echo "teacher $(((seed + 2) / 3))"; done | sort -u | all
-    fi
+first() {  # SEEDS...: the arms of the first test, random a seed ahead: random weights are scored with it
+    local arm seed before=
+    for seed in "$@" end; do
+        if [ "$seed" != end ] && asked random; then echo "random $seed"; fi
+        for arm in longer self error fall; do if [ "$before" ] && asked "$arm"; then echo "$arm $before"; fi; done
+        before=$seed
+    done | all
+}
+teachers() {  # SEEDS...: the teachers of what is not there yet
+    local arm seed
+    for seed in ${SEEDS:-$*}; do
+        for arm in distill entropy-distill entropy; do
+            if asked "$arm" && ! grep -qs "\"run\": \"$arm-$seed\"" "$OUT" && { [ "$arm" != entropy ] ||
+                [ "${ARMS:-}" ] || [ "$seed" -le 12 ]; }; then echo "teacher $(((seed + 2) / 3))"; fi
+        done
+    done | sort -u | all
 }
 
 for arm in ${ARMS:-}; do set_flags "$arm" 0; done  # is there such an arm?
@@ -139,16 +152,14 @@ if [ "$DRY" ]; then
     if [ -e "$OUT" ]; then cp "$OUT" "$MEASURED/quality.jsonl"; fi
     OUT=$MEASURED/quality.jsonl
 fi
-# Random weights are scored beside the first run of their seed. So that no two commands wait for each other
-# there, `random` is that run.
-stage random {10..21}
-stage "longer self error fall" {10..21}
+if [ -s "$OUT" ] && [ -z "$DRY" ]; then "$PYTHON" -m data.results.quality "$OUT" --check; fi
+first ${SEEDS:-$(echo {10..21})}
 teachers {10..18}
 stage "distill entropy-distill" {10..18}
 stage "vocabulary context high low redrawn" {10..15}
 stage "entropy static literal double" {10..12}
-stage "fall error-fall" {22..33}  # the moonshot: the candidate of the plan, or what its rule chose
-for other in 1.6M 25.8M 30; do stage "random-$other self-$other" {10..12}; done  # the text, the rate
+for rule in ${MOON:-${DRY:+error}}; do stage "fall $rule-fall" {22..33}; done
+for other in 1.6M 25.8M rate30; do stage "random-$other self-$other" {10..12}; done  # the text, the rate
 if [ "$DRY" ]; then
     awk "{ sum += \$1 / $at_once } END { printf \"about %d h %02d min, $at_once at a time\n\", sum / 60, sum % 60 }" \
         "$MEASURED/minutes" >&2
