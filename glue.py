@@ -8,9 +8,9 @@
 
 A score is a function of the run, the recipe, the rows, the fine-tuning seed and the machine, and is
 kept in the run's glue.json as soon as it is there: a job that was stopped goes on where it was, and
-nothing is computed twice. Random weights are fine-tuned beside the runs. On a CPU the jobs run side
-by side, each in a process with one thread. Scores follow Wang et al.
-2018 (GLUE, arXiv 1804.07461).
+nothing is computed twice. Random weights are fine-tuned beside the runs. On Linux without a GPU the
+jobs run side by side, each in a process with one thread. Scores follow Wang et al. 2018 (GLUE,
+arXiv 1804.07461).
 """
 
 import contextlib
@@ -29,9 +29,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from data.arms import Model, group_arms, machine_of, read_run
-from data.files import UserError, progress, run_script, sha256_file, sha256_json
+from data.files import UserError, on_signals, progress, run_script, sha256_file, sha256_json
 from data.flags import check_ranges, defaults, flag_parser
-from data.jobs import JOB_FLAGS, bytes_of, exit_at_signals, processes_for, run_jobs, signals_later
+from data.jobs import JOB_FLAGS, bytes_of, processes_for, run_jobs, signals_later
 from data.machine import MACHINE_FLAGS, Machine
 from data.metrics import measured
 from data.scores import RANDOM_WEIGHTS, add_score, make_tables, read_scores, show_tables
@@ -77,8 +77,8 @@ FLAGS = {
     "Table": [
         ("baseline", "random", None, "the arm that others are compared with: the name of its run "
          "folders without -SEED"),
-        ("table", False, None, "only print what is already scored, each recipe in a table, by the "
-         "flags that are given; no data are read"),
+        ("table", False, None, "only print what is already scored, a table for each recipe; the "
+         "flags that are given choose recipes, tasks, seeds (else all), device and dtype"),
         ("json", False, None, "print the tables for a program"),
         ("jsonl", "", None, "print every score instead, a line of JSON with all that is kept of "
          "it, under this name of a study: so it is added to a file of data/results"),
@@ -96,7 +96,7 @@ RATES = {
     (True, False): (5e-4, 5e-4),
     (True, True): (1.5e-4, 1.5e-4),
 }
-FROZEN_RATE = 3e-3  # of the last layer alone, whatever the weights below it
+FROZEN_RATE = 3e-3  # of the last layer alone, whatever the weights below it; no other was tried
 EVAL_TOKENS = 8192  # in a batch without gradients: large, and within a CPU's caches
 
 
@@ -146,7 +146,8 @@ def recipe_of(model, args):
 
 
 def collate(rows, device):
-    """Rows -> tokens (B, T), types (B, T), attend (B, T); T is the longest row of these."""
+    """Rows of encode_rows, each (ids (n,), length of its first part) -> tokens (B, T),
+    types (B, T), attend (B, T); T is the longest row of these."""
     B, T = len(rows), max(len(ids) for ids, _ in rows)
     tokens, types = np.full((B, T), PAD), np.zeros((B, T), dtype=np.int64)
     attend = np.zeros((B, T), dtype=bool)
@@ -412,7 +413,7 @@ def work(models, args):
 
 def main():
     args, given = parse_args()
-    exit_at_signals()
+    on_signals(lambda number, frame: sys.exit(128 + number))
     kept = "finished scores are kept: give the same command again to go on"
     try:
         runs = open_runs(args.runs, skip=args.table)

@@ -34,7 +34,7 @@ from data.tokenizer import MASK, N_SPECIAL
 
 # --------------------------------------------------------------------------------------------------
 # --score-input: what a model reads before it says how uncertain it is.
-# (model, tokens (B, T), places (B, c)) -> H (B, c), nats
+# (model, tokens (B, T), places (B, c)) -> answers (B, c), nats
 
 
 def masked(model, tokens, places):
@@ -72,7 +72,7 @@ def low(H, noise, k):
 
 
 def mid(H, noise, k):
-    """Nearest to the median of the row's candidates."""
+    """Nearest to the median of the row's candidates (nanmedian would take the lower of two)."""
     return -(H - H.nanquantile(0.5, dim=1, keepdim=True)).abs()
 
 
@@ -136,6 +136,7 @@ class Strategy:
             answers = self.reads(self.model, tokens, places)  # (B, c)
         nowhere = torch.full((B, T), math.nan, device=tokens.device)
         H = nowhere.scatter(1, places, answers).masked_fill(~ordinary, math.nan)
+        # Once more, since mix gives every place a score.
         scores = self.select(H, noise, k).masked_fill(~ordinary, math.nan)
         return highest(scores, k, noise[..., TIES])
 

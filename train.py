@@ -77,7 +77,8 @@ def after_init(args, step):
 
 def teaching(args, step):
     """Does the teacher teach at this step?"""
-    return args.distill == "complete" or args.distill == "after-init" and after_init(args, step)
+    return args.distill == "complete" or (
+        args.distill == "after-init" and after_init(args, step))
 
 
 def update(args, job, step):
@@ -464,8 +465,8 @@ FLAGS = {
     ],
     "Data": [
         ("corpus", "docs", "path", "docs: the English in your Python, torch and numpy; wikitext2, "
-         "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2) or a folder "
-         "of them, a paragraph a line, a blank line between documents"),
+         "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2, .zip, .tar) "
+         "or a folder of them, a paragraph a line, a blank line between documents"),
         ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
         ("vocab-size", 8192, "above 0", "pieces of the tokenizer that is learned from the corpus "
          "(with --init-from: the tokenizer of that run)"),
@@ -494,8 +495,10 @@ FLAGS = {
          "mean of the vocabulary item is looked up, of its entropy or of how often it was missed; "
          "context (self): as masked, less such a mean"),
         ("select", None, tuple(masking.SELECT), "which entropies: highest, lowest, nearest the "
-         "row's median, in proportion, half highest and half random (default mix)"),
-        ("pool", 2, "0 or more", "candidates are a random pool of so many times k; 0: all tokens"),
+         "row's median, in proportion, half highest and half random "
+         "(default mix; --masking random takes high, or sample: other draws)"),
+        ("pool", 2, "0 or more", "candidates are a random pool, so many times the number of masks; "
+         "0: all tokens"),
         ("init-frac", None, "from 0 to below 1", "share of the run that masks at random first "
          "(self: 0.15, else 0)"),
         ("static", False, None, "a block is masked at the same places in every epoch"),
@@ -660,7 +663,8 @@ def parse_args(argv=None):
     if not earlier:
         check_new(Path(args.out))
         if preset:
-            print(f"preset {preset}: " + ", ".join(f"{n} {v}" for n, v in vars(args).items() if v))
+            print(f"preset {preset}: " + ", ".join(
+                f"{n} {v}" for n, v in vars(args).items() if v != DEFAULTS[n]))
     return args, earlier, bool(evaluated)
 
 

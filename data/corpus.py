@@ -10,7 +10,6 @@ The result is a folder in the cache, named after a hash of the files and setting
 
 import functools
 import importlib.metadata
-import os
 import shutil
 from array import array
 from collections import Counter
@@ -129,22 +128,12 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
         train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     seen = encode_documents(paths, corpus, tokenizer, parts, characters, folder, threads)
-    notes = f"; of the held-out text {seen:.1%} is in the training text, too"
-    if parts["valid"] or parts["test"]:
-        notes = (f" ({parts['valid']:,} held out, {parts['test']:,} more left out, by their files' "
-                 f"names){notes}")
-    tokens = {name: os.path.getsize(folder / f"{name}.bin") // 2 for name in ("train", "valid")}
-    if not all(tokens.values()):
-        raise UserError(f"--corpus {corpus}: too small: nothing is left to train on or hold out")
+    by_name = (f" ({parts['valid']:,} held out, {parts['test']:,} more left out, by their files' "
+               "names)") if parts["valid"] or parts["test"] else ""
     write_json(folder / "meta.json", {
-        "key": key,
-        "documents": documents,
-        "characters": characters,
-        "notes": notes,
-        "train_tokens": tokens["train"],
-        "valid_tokens": tokens["valid"],
-        "sha256": {name: sha256_file(folder / name) for name in PARTS},
-    })
+        "key": key, "sha256": {name: sha256_file(folder / name) for name in PARTS},
+        "about": f"files: {len(paths):,}, characters: {characters:,}, documents: {documents:,}"
+                 f"{by_name}; of the held-out text {seen:.1%} is in the training text, too"})
 
 
 def prepare(corpus, vocab_size, cache="data/cache", threads=0, tokenizer=None):
@@ -218,8 +207,7 @@ def load(folder, seq_len, max_tokens=0, whole=False):
     folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
-        about = (f"files: {len(meta['key']['files']):,}, characters: {meta['characters']:,}, "
-                 f"documents: {meta['documents']:,}{meta.get('notes', '')}")
+        about = meta.get("about", "an older cache")
         intact = all(sha256_file(folder / name) == meta["sha256"][name] for name in PARTS)
     except (UserError, FileNotFoundError, LookupError, TypeError, ValueError):
         intact = False

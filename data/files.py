@@ -1,8 +1,9 @@
 """Files that survive: one-line errors, atomic writes, checksums, locks.
 
 A user's mistake is a `UserError`: one line on stderr that says what to do, exit status 2. So is a
-file that cannot be read or written, wherever that happens: `run_script` is the one place that puts
-an OSError into words. Anything else that goes wrong is our bug and keeps its traceback.
+file that cannot be read or written, wherever that happens: where nothing more is known,
+`run_script` puts an OSError into words. Anything else that goes wrong is our bug and keeps its
+traceback.
 """
 
 import errno
@@ -194,17 +195,17 @@ def lock_folder(folder, wait=""):
     return handle
 
 
-def catch_signals():
-    """-> a list into which the number of a signal is put; a second signal is not waited for. Only
-    the main thread may do that: in another, signals stay as they are."""
-    caught = []
-
-    def on_signal(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
+def on_signals(handler):
+    """Call handler(number, frame) at a signal -> {number: what was called before}. Only the main
+    thread may do that: in another, signals stay as they are."""
     main = threading.current_thread() is threading.main_thread()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main else ():
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
-            signal.signal(number, on_signal)
+    return {number: signal.signal(number, handler)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            if main and signal.getsignal(number) != signal.SIG_IGN}  # as nohup makes SIGHUP
+
+
+def catch_signals():
+    """-> a list into which the number of a signal is put; a second signal is not waited for."""
+    caught = []
+    on_signals(lambda number, frame: (caught.append(number), signal.signal(number, signal.SIG_DFL)))
     return caught

@@ -28,7 +28,7 @@ from model import load
 
 DIAGNOSIS_SEED = 2605  # one constant: every step and every arm is looked at with the same noise
 DOSE_BLOCKS = 16  # exact entropies take a forward per token: some 2000 at 128 tokens a block
-PLATEAU = 0.1  # nats; where entropies differ by less within a row, their order is noise
+PLATEAU = 0.1  # nats, a choice: where entropies differ by less within a row, their order is noise
 
 # --------------------------------------------------------------------------------------------------
 # for the log

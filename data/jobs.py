@@ -16,13 +16,12 @@ from pathlib import Path
 
 import torch
 
-from data.files import UserError, lock_folder
+from data.files import UserError, lock_folder, on_signals
 
-STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 RETRY = 1.0  # seconds until a folder that was in use is tried again
 JOB_FLAGS = [
     ("jobs", 0, "0 or more", "fine-tunings at a time; from 2 on, each is a process with one "
-     "thread; 0: as many as --threads and memory allow; beside a GPU always 1"),
+     "thread; 0: as many as --threads and memory allow; beside a GPU, or not on Linux, always 1"),
 ]
 
 
@@ -63,25 +62,15 @@ def processes_for(machine, asked, sizes):
 def signals_later():
     """Signals wait until the end of this block. One that is raised within a fork is swallowed by
     Python's own handlers there, and one that comes while a score is written would lose it."""
-    came, handlers = [], {number: signal.getsignal(number) for number in STOPPING}
-    for number in STOPPING:
-        if callable(handlers[number]):  # a mask would not do: another thread would take the signal
-            signal.signal(number, lambda number, frame: came.append(number))
+    came = []  # a mask would not do: another thread would take the signal
+    before = on_signals(lambda number, frame: came.append(number))
     try:
         yield
     finally:
-        for number in STOPPING:
-            if callable(handlers[number]):
-                signal.signal(number, handlers[number])
+        for number, handler in before.items():
+            signal.signal(number, handler)
     for number in came:
         signal.raise_signal(number)
-
-
-def exit_at_signals():
-    """A signal ends the program with the status that a shell expects."""
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP: leave it so
-            signal.signal(number, lambda number, frame: sys.exit(128 + number))
 
 
 def run_jobs(function, jobs, processes, folder_of=lambda job: None):
@@ -113,11 +102,11 @@ def run_jobs(function, jobs, processes, folder_of=lambda job: None):
                         running.update([start(function, job, locks)])
                     continue
                 yield job, function(job)
-            elif not (running or told):
-                told = True
-                print(f"waiting for another process: it works in {folder_of(todo[0])}, too",
-                      file=sys.stderr)
             else:
+                if not (running or told):
+                    told = True
+                    print(f"waiting for another process: it works in {folder_of(todo[0])}, too",
+                          file=sys.stderr)
                 for pipe in wait(running, RETRY if room and todo else None):
                     process, job = running.pop(pipe)
                     yield job, value_of(pipe, process)
@@ -150,7 +139,7 @@ def child(function, job, sender, locks, parent):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_DFL)
-    for lock in locks.values():
+    for lock in locks.values():  # or this would hold the folder as long as it lives
         lock.close()
     try:
         value, error = function(job), None

@@ -124,18 +124,16 @@ class Machine:
             raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
         use_gpu = args.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        self.dtype, why = args.dtype, "as asked"
-        if self.dtype == "auto" and use_gpu and torch.cuda.is_bf16_supported(
-                including_emulation=False):
-            self.dtype, why = "bfloat16", "this GPU has it"
-        elif self.dtype == "auto":
-            self.dtype, why = "float32", "exact, and the fast one on most CPUs"
-            if not use_gpu and getattr(torch.cpu, "_is_avx512_bf16_supported", bool)():
-                why = "exact; this CPU is faster with --dtype bfloat16"
+        has_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if use_gpu else
+                        getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
+        auto = "bfloat16" if use_gpu and has_bfloat16 else "float32"
+        self.dtype = auto if args.dtype == "auto" else args.dtype
         if WORLD > 1:
             self.join()
         self.name = processor(self.device)
-        self.about = f"{self.name}, {self.threads} threads, {self.dtype} ({why})"
+        self.about = f"{self.name}, {self.threads} threads, {self.dtype}"
+        if has_bfloat16 and self.dtype == "float32":
+            self.about += "; --dtype bfloat16 is faster here"
         if not use_gpu and self.threads > 1 and busy() + self.threads * HERE > os.cpu_count():
             self.about += "; other processes are busy, so --threads 1 is faster now"
 

@@ -2,9 +2,9 @@
 
     python -m data.plot runs/random-* runs/self-*              # held-out loss, context gain
 
-Runs of one arm (data/arms.py) are one line, their mean, over a thin line for each; runs that were
-evaluated at different steps have no mean. The picture follows the reader's light or dark setting
-and needs no other file.
+Runs of one arm (data/arms.py) are one line, their mean, over a thin line for each (up to four
+arms); runs that were evaluated at different steps have no mean. The picture follows the reader's
+light or dark setting and needs no other file.
 """
 
 import math
@@ -88,11 +88,10 @@ def curves(runs):
             log = [line for line in read_log(run) if "val_loss" in line]
             if len(log) < 2:
                 raise UserError(f"{run} has no two evaluations yet, so no curve: train it further")
-            losses.setdefault(arm, []).append([(line["tokens"], line["val_loss"]) for line in log])
-            gain = [(line["tokens"], line["context_gain"]) for line in log
-                    if line.get("context_gain") is not None]
-            if gain:
-                gains.setdefault(arm, []).append(gain)
+            for key, found in (("val_loss", losses), ("context_gain", gains)):
+                if points := [(line["tokens"], line[key]) for line in log
+                              if line.get(key) is not None]:
+                    found.setdefault(arm, []).append(points)
             config = read_config(run)
             tokenizers.add(config["tokenizer_sha256"])
             unigram.add(round(config["unigram_entropy"], 2))

@@ -4,7 +4,7 @@ Two arms are paired by pretraining seed: runs of one seed share initial weights,
 and fine-tuning seeds. Random weights are an arm like every other, of what the runs were before
 their first update.
 
-A score is in points: 100 times a metric, or the mean of a task's metrics.
+A score is in points: 100 times a metric, or times the mean of a task's metrics.
 """
 
 import json
@@ -31,7 +31,7 @@ MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-fra
 # What pretraining must gain over random weights. A way of masking changes only a part of that: with
 # less there would be nothing to find. Two seeds say next to nothing of an error over seeds.
 PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
-PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context
+PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context: a choice
 
 
 # --------------------------------------------------------------------------------------------------
@@ -108,8 +108,7 @@ def make_row(models):
                "sd": statistics.stdev(seeds.values()) if len(seeds) > 1 else None}
         for what, seeds in by_seed.items()}}
     if made := [model.pretraining for model in models if model.pretraining]:
-        row |= {"flags": made[0].experiment, "tokens": made[0].tokens,
-                "flops": statistics.fmean(p.flops for p in made),
+        row |= {"flops": statistics.fmean(p.flops for p in made),
                 "flops_with_teacher": statistics.fmean(p.flops + p.teacher_flops for p in made),
                 "seconds": statistics.fmean(p.seconds for p in made)}
     return row
@@ -361,19 +360,18 @@ def show_scores(table):
 def show_differences(table):
     """What each arm has beyond the baseline: a line for each endpoint."""
     lines = [["arm", "endpoint", "pairs", "difference", "95 % interval", "joint error", "p (t)",
-              "p (sign flip)", "smallest", "relative", "FLOPs", "with teacher", "time"]]
+              "p (sign flip)", "relative", "FLOPs", "with teacher", "time"]]
     base = next((row for row in table["rows"] if row["name"] == table["baseline"]), None)
     for row in table["rows"]:
         costs = [show(row[key] / base[key], "{:.2f}") if row.get(key) and base[key] else "-"
                  for key in ("flops", "flops_with_teacher", "seconds") if base]
         for what, c in row.get("against", {}).items():
-            line = ["0", "no common seed", *["-"] * 6]
+            line = ["0", "no common seed", *["-"] * 5]
             if c:
                 interval = "-" if c["low"] is None else f"[{c['low']:+.2f}, {c['high']:+.2f}]"
                 line = [str(len(c["seeds"])), f"{c['difference']:+.2f}", interval,
                         show(c.get("joint_error"), "{:.2f}"), show(c["p_t"], "{:.3f}"),
-                        show(c["p_sign_flip"], "{:.3f}"), show(c["p_smallest"], "{:.3f}"),
-                        show(c["gain_percent"], "{:+.1f} %")]
+                        show(c["p_sign_flip"], "{:.3f}"), show(c["gain_percent"], "{:+.1f} %")]
             lines.append([row["name"], what, *line, *costs])
     return grid(lines) if lines[1:] else ""
 

@@ -154,7 +154,7 @@ def read_task(name, glue_dir, cache, max_train=0):
             raise UserError(f"{label}, line {line}: not UTF-8 ({error.reason})")
 
     if name == "MRPC" and not (glue_dir and (Path(glue_dir) / "MRPC" / "train.tsv").exists()):
-        train, *devs = split_mrpc(*get("msr_paraphrase_train.txt"), *get("dev_ids.tsv"))
+        train, *devs = split_mrpc(*get("msr_paraphrase_train.txt"), *get("mrpc_dev_ids.tsv"))
     else:
         train, *devs = [parse(name, *get(f"{file}.tsv"), official)
                         for file, official in zip(("train", *task.dev), task.rows)]
@@ -176,11 +176,7 @@ def fetch(task, file, glue_dir, cache):
     """-> (what to call it in a message, its bytes), from the folder or from the archive."""
     if glue_dir:
         path = Path(glue_dir) / task / file
-        if file == "dev_ids.tsv" and not path.exists():
-            path = path.with_name("mrpc_dev_ids.tsv")  # its name where it is downloaded
         try:
-            if path.stat().st_size > MAX_BYTES:
-                raise UserError(f"{path} has more than {MAX_BYTES >> 20} MiB: no file of GLUE has")
             return path, path.read_bytes()
         except OSError as error:
             raise UserError(f"cannot read {path}: {error.strerror} (--glue-dir holds a folder per "

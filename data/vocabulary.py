@@ -16,13 +16,13 @@ class VocabularyMean:
     measure  (logits (N, V), labels (N,)) -> the numbers (N,), of training's predictions; None: they
              are the scores of `asks`
     unseen   what an item has that was not seen yet
-    prior    how many values the read mean has beside those seen: so many of `unseen`
+    prior    so many values equal to `unseen` count as seen, when a mean is read
     asks     one of masking.READS, whose scores a strategy gets less the mean of their items
 
     Where [MASK] was shown counts, and of that the last ~WINDOW values: they change in training.
     """
 
-    WINDOW = 64
+    WINDOW = 64  # a choice: other lengths were not tried
 
     def __init__(self, measure, unseen, vocab_size, device="cpu", prior=0, asks=None):
         self.measure, self.unseen, self.prior, self.asks = measure, unseen, prior, asks

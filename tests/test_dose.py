@@ -5,7 +5,7 @@ import re
 import pytest
 
 from data.inspection import exact_entropy, neighbour, strategies_of
-from data.results.dose import print_doses, report_doses, rules_of, strategy_of
+from data.results.dose import own_strategy, print_doses, report_doses, rules_of
 from data.tokenizer import SEP
 from model import forward_flops, load
 from tests import helpers
@@ -64,11 +64,12 @@ def test_runs_choose_by_their_own_model_and_means_beside_the_rules(tmp_path, mon
     out = capsys.readouterr().out
     model, tokenizer = load(reference)
     assert "2 held-out blocks" in out
-    for rule in (*rules_of(model), "error-0", "entropy-0"):
+    for rule in (*rules_of(model), str(error), str(entropy)):
         assert re.search(rf"^\| {rule} \|.* \d\.\d\d \|", out, re.M), rule
-    rows = {line.split("|")[1].strip(): line for line in out.splitlines() if line[0] == "|"}
-    assert rows["entropy-0"].split("|")[2:] == rows["mix"].split("|")[2:]  # the reference taught it
-    assert strategy_of(error, tokenizer).reads.seen.sum() > 0
+    rows = {line.split("|")[1].strip(): line.split("|")[2:]
+            for line in out.splitlines() if line[0] == "|"}
+    assert rows[str(entropy)] == rows["mix"]  # the reference taught it
+    assert own_strategy(error, tokenizer).reads.seen.sum() > 0
     (error / "checkpoint.pt").unlink()
     line = refused(["data/results/dose.py", reference, error], monkeypatch, capsys)
     assert "checkpoint.pt, which is gone" in line

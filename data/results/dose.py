@@ -35,7 +35,7 @@ def rules_of(model):
         f"high-unmasked, pool {pool}": Strategy(model, unmasked, pool=pool) for pool in (2, 3, 4)}
 
 
-def strategy_of(run, tokenizer):
+def own_strategy(run, tokenizer):
     """What a finished run chose by, as it was at its end. UserError where that is not known."""
     (model, own), config = load(run), read_config(run)
     if own.sha256 != tokenizer.sha256:
@@ -108,7 +108,7 @@ def main():
     flags = Namespace(**{**config["flags"], "out": reference, "device": "cpu", "threads": 0})
     text = load_text(flags, config, Machine(flags))
     tokens = with_ends(text.valid[:max(1, args.blocks)])
-    own = {Path(run).name: strategy_of(run, tokenizer) for run in others}
+    own = {run: own_strategy(run, tokenizer) for run in others}
     print(f"{reference}: dose (deviations above the row's mean of exact entropies; - on the "
           f"plateau), right neighbours, rank correlation with exact entropies, FLOPs over random "
           f"masking; {len(tokens)} held-out blocks")
