@@ -664,7 +664,7 @@ def parse_args(argv=None):
         check_new(Path(args.out))
         if preset:
             print(f"preset {preset}: " + ", ".join(
-                f"{n} {v}" for n, v in vars(args).items() if v != DEFAULTS[n]))
+                f"{n} {v}" for n, v in vars(args).items() if v != DEFAULTS[n] and n != "cache"))
     return args, earlier, bool(evaluated)
 
 

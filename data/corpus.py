@@ -5,7 +5,7 @@
 The result is a folder in the cache, named after a hash of the files and settings that made it:
     train.bin, valid.bin   token ids, uint16, documents joined by [SEP]
     tokenizer.model        the vocabulary, learned from this corpus or given
-    meta.json              counts and hashes
+    meta.json              hashes, and what was read, in words
 """
 
 import functools

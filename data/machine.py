@@ -105,12 +105,12 @@ def processor(device):
 @functools.cache  # of what began, whatever is checked out meanwhile
 def commit():
     """The commit of this checkout, with -dirty where files were changed since; "" without git."""
-    root = Path(__file__).parent.parent
-    if not (root / ".git").exists() or not shutil.which("git"):
+    git = Path(__file__).parent.parent / ".git"  # this one, whatever is around it
+    if not git.exists() or not shutil.which("git"):
         return ""
     return subprocess.run(
-        ["git", "-C", root, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"],
-        capture_output=True, text=True).stdout.strip()
+        ["git", "--git-dir", git, "--work-tree", git.parent, "describe", "--always", "--dirty",
+         "--exclude=*", "--abbrev=40"], capture_output=True, text=True).stdout.strip()
 
 
 class Machine:

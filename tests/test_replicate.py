@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train
+from data.machine import commit
 from data.results import quality
 from data.results.quality import CONTRASTS, RULES, confirm, ninety, read_lines, verdict
 from data.runs import read_log
@@ -34,11 +35,13 @@ FAKE = """#!/bin/sh
 echo "$@" >> "$CALLS"
 out=$(echo "$@" | sed -n 's/.*--out \\([^ ]*\\).*/\\1/p')
 case "$*" in
+*--keep*random-99*) echo "no space" >&2; exit 1 ;;
 *--keep*) cat > /dev/null; echo "{\\"run\\": \\"$(basename "$5")\\", \\"$6\\": 1}" >> "$3" ;;
 glue.py*$BREAKS*--table*) echo "no table" >&2; exit 1 ;;
-glue.py*static-11*--freeze*) echo "the loss is not finite, a lower" >&2; exit 1 ;;
+glue.py*static-11*--freeze*) echo "error: static-11, RTE: the loss is not finite" >&2; exit 1 ;;
+glue.py*static-15*--freeze*) echo "error: random weights-15, RTE: is not finite" >&2; exit 1 ;;
 glue.py*) echo scores ;;
-train.py*--seed\\ 13*static*) mkdir -p "$out"; echo "loss is not finite at step 9" >&2; exit 1 ;;
+train.py*--seed\\ 13*static*) mkdir -p "$out"; echo "gradient is not finite at 9" >&2; exit 1 ;;
 train.py*$BREAKS*) mkdir -p "$out"; touch "$out/config.json"; echo "no memory" >&2; exit 1 ;;
 train.py*) out=${out:-$3}; mkdir -p "$out"; touch "$out/config.json" "$out/model.pt"
     echo '{"step": 20, "seconds": 1.2}' > "$out/log.jsonl" ;;
@@ -87,11 +90,15 @@ def test_a_run_that_diverged_is_kept_without_scores(tmp_path):
     _, calls = run_script(tmp_path, SEEDS="11", ARMS="static")  # a fine-tuning did
     assert "--table" not in " ".join(calls) and kept(tmp_path) == ["static-13", "static-11"]
     assert (tmp_path / "runs/quality.jsonl").read_text().count("--diverged") == 2
+    done, _ = run_script(tmp_path, SEEDS="15", ARMS="static")  # of random weights: nothing is known
+    assert done.returncode and kept(tmp_path) == ["static-13", "static-11"]
 
 
 def test_nothing_is_kept_where_the_scores_could_not_be_read(tmp_path):
     done, _ = run_script(tmp_path, SEEDS="14", ARMS="random", BREAKS="random-14 --cache")
     assert done.returncode and "no table" in done.stderr
+    done, _ = run_script(tmp_path, SEEDS="99", ARMS="random")
+    assert done.returncode and "no space" in done.stderr
     assert not (tmp_path / "runs/quality.jsonl").exists()
 
 
@@ -107,8 +114,11 @@ def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
 
 
 def test_no_such_arm(tmp_path):
-    done, calls = run_script(tmp_path, ARMS="random slef")
-    assert done.returncode == 2 and "there is no arm slef" in done.stderr and not calls
+    for asked, said in (({"ARMS": "random slef"}, "no arm slef"), ({"MOON": "slef"}, "no arm slef"),
+                        ({"ARMS": "teacher"}, "teachers for distill"),
+                        ({"ARMS": "self-fall", "MOON": "error"}, "RULE-fall with MOON=RULE")):
+        done, calls = run_script(tmp_path, **asked)
+        assert done.returncode == 2 and said in done.stderr and not calls
 
 
 @pytest.fixture(scope="module")
@@ -354,6 +364,8 @@ def test_a_difference_is_told_as_steps_where_longer_is_surely_better(tmp_path, c
     value, low, high = map(float, said.replace("[", "").replace("]", "").replace(",", "").split())
     assert value == pytest.approx(2 ** (0.48687 * 7.5 / 9.16667), abs=0.005)
     assert low < 1.25 < 1.4 < high
+    some = [line for line in some if line["run"] != "longer-21"]  # not full: nothing of it is shown
+    assert cells(printed(some, tmp_path, capsys), "error", "random")[-1] == "-"
 
 
 @pytest.mark.parametrize("best, chosen", [
@@ -367,6 +379,9 @@ def test_the_rule_of_the_last_test_is_chosen_by_six_seeds(best, chosen):
                          "parts": dict.fromkeys(TASKS[task].parts, score)} for task in PRIMARY]}
             for score in (60 + best.get(arm, 0.0) + 9 * (seed > 15), 60)) for seed in range(10, 22)}
     assert f"The last test: {chosen}" in quality.choose_last(full)
+    del full["high", "longer"]
+    assert "when these are full: high - longer" in quality.choose_last(full)
+    assert f"The last test: {chosen}" in quality.choose_last(full, ["high"])
 
 
 @pytest.mark.parametrize("p, difference, smallest, said", [
@@ -391,7 +406,7 @@ def keep(folder, entries, monkeypatch, *flags):
 
 def test_a_run_is_kept_once_and_only_with_all_its_scores(tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "self-3", [9.0, 5.0])
-    entries = [{**e, "run": name, "correct": "1010", "score": score}
+    entries = [{**e, "run": name, "correct": "1010", "score": score, "commit": commit()}
                for name, score in (("self-3", 1.0), ("random weights-3", 2.0), ("self-3", 3.0))
                for e in run("self", 3, 7)["scores"]]
     with pytest.raises(SystemExit):
@@ -399,7 +414,7 @@ def test_a_run_is_kept_once_and_only_with_all_its_scores(tmp_path, monkeypatch, 
     assert "self-3 is not kept, since it has no score" in capsys.readouterr().err
     assert not (tmp_path / "q.jsonl").exists()
     keep(tmp_path, entries, monkeypatch)
-    keep(tmp_path, entries, monkeypatch)
+    keep(tmp_path, entries, monkeypatch)  # it is there already
     ours, weights = map(json.loads, (tmp_path / "q.jsonl").read_text().splitlines())
     assert [e["score"] for e in ours["scores"]] == [3.0] * 4 and ours["scores"][0]["correct"] == "a"
     assert [e["score"] for e in weights["scores"]] == [2.0] * 4 and ours["finished"]
@@ -408,7 +423,11 @@ def test_a_run_is_kept_once_and_only_with_all_its_scores(tmp_path, monkeypatch, 
     (tmp_path / "q.jsonl").write_text(json.dumps(ours) + "\n")
     line = refused(["data/results/quality.py", tmp_path / "q.jsonl", "--check"], monkeypatch,
                    capsys)
-    assert "is of commit of another, and this is" in line
+    assert "is of commit of another, and this of" in line
+    (tmp_path / "q.jsonl").unlink()
+    with pytest.raises(SystemExit):
+        keep(tmp_path, [{**e, "commit": "c1"} for e in entries], monkeypatch)
+    assert not (tmp_path / "q.jsonl").exists()
     keep(make_run(tmp_path / "b" / "self-3", [9.0, 5.0]).parent, [], monkeypatch, "--diverged")
     line, = map(json.loads, (tmp_path / "b" / "q.jsonl").read_text().splitlines())
     assert not line["finished"] and not line["scores"]

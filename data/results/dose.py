@@ -36,7 +36,8 @@ def rules_of(model):
 
 
 def own_strategy(run, tokenizer):
-    """What a finished run chose by, as it was at its end. UserError where that is not known."""
+    """-> (what a finished run chose by, as it was at its end; the shape of its model). UserError
+    where that is not known."""
     (model, own), config = load(run), read_config(run)
     if own.sha256 != tokenizer.sha256:
         raise UserError(f"{run} has another tokenizer than the reference")
@@ -47,13 +48,14 @@ def own_strategy(run, tokenizer):
         if not (Path(run) / "checkpoint.pt").exists():
             raise UserError(f"{run}: its means are in its checkpoint.pt, which is gone")
         means.load_state(load_tensors(Path(run) / "checkpoint.pt")["means"])
-    return strategy
+    return strategy, model.shape
 
 
-def report_doses(model, tokens, strategies):
+def report_doses(model, tokens, strategies, shapes=None):
     """Compare strategies on tokens (B, T) -> a dict per strategy: rule, and for each of RATES its
     dose, neighbour, rank_correlation (Spearman of its entropies with the exact ones, within a row)
-    and flops (of an update, over those of random masking). None: its pool is above a row.
+    and flops (of an update, over those of random masking). None: its pool is above a row. `shapes`:
+    of the models that are trained by them, where that is not `model`.
 
     The last rule, `exact`, takes the highest exact entropies: the largest dose there is. It costs a
     forward per token.
@@ -73,7 +75,8 @@ def report_doses(model, tokens, strategies):
             if candidates > shortest:
                 continue
             positions, seen = watch(strategy, tokens, k, noise)
-            scored = forward_flops(model.shape, T, candidates or T - 2) if strategy.model else 0
+            trained, asked = (shapes or {}).get(rule, model.shape), strategy.model
+            scored = forward_flops(asked.shape, T, candidates or T - 2) if asked else 0
             if rule == "exact":
                 scored = (T - 2) * forward_flops(model.shape, T, 1)
             if deviations is not None:
@@ -83,7 +86,7 @@ def report_doses(model, tokens, strategies):
                 both = seen.isfinite() & exact.isfinite()
                 report["rank_correlation"][i] = np.mean([
                     spearman(a[where], b[where]) for a, b, where in zip(seen, exact, both)]).item()
-            report["flops"][i] = 1 + scored / (3 * forward_flops(model.shape, T, k))
+            report["flops"][i] = 1 + scored / (3 * forward_flops(trained, T, k))
     return reports
 
 
@@ -109,10 +112,11 @@ def main():
     text = load_text(flags, config, Machine(flags))
     tokens = with_ends(text.valid[:max(1, args.blocks)])
     own = {run: own_strategy(run, tokenizer) for run in others}
+    rules = rules_of(model) | {run: strategy for run, (strategy, _) in own.items()}
     print(f"{reference}: dose (deviations above the row's mean of exact entropies; - on the "
           f"plateau), right neighbours, rank correlation with exact entropies, FLOPs over random "
           f"masking; {len(tokens)} held-out blocks")
-    print_doses(report_doses(model, tokens, rules_of(model) | own))
+    print_doses(report_doses(model, tokens, rules, {run: shape for run, (_, shape) in own.items()}))
 
 
 if __name__ == "__main__":

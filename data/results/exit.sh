@@ -14,7 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?give the text:  CORPUS=FILE bash data/results/exit.sh text}"
-export CORPUS RUNS=${RUNS:-runs/exit} PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
+export CORPUS RUNS=${RUNS:-runs/exit} PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 TOKENS=${TOKENS:-200000} STEPS=${STEPS:-2130}  # the text and the budget that `text` gave
 mkdir -p "$RUNS"
 

@@ -13,7 +13,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from data.files import write_atomic
+from data.files import UserError, run_script, write_atomic
 from data.runs import read_log
 from data.tasks import PRIMARY
 
@@ -92,6 +92,8 @@ def keep(run, path):
 
 
 def print_table(cells, pretrainings):
+    if not pretrainings:
+        raise UserError("nothing is scored yet: bash data/results/instrument.sh")
     P = statistics.fmean(pretrainings) / 60
     print(f"P: {P:.1f} minutes of pretraining, without evaluations\n")
     print("| rows, epochs | rates | gain of each seed | gain | s_pre | s_fine | c | cost, n = 1 |"
@@ -132,11 +134,14 @@ def main():
         return keep(args.keep, args.file)
     cells, pretrainings = read(args.file)
     if args.todo:
-        for line in todo(cells, args.todo):
+        lines = list(todo(cells, args.todo))
+        if lines and "-" in lines[0]:
+            raise UserError("seed 0 chooses the rates: give it first")
+        for line in lines:
             print(*line)
     else:
         print_table(cells, pretrainings)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -11,19 +11,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?}" "${GLUE:?}"
-export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/instrument} CACHE=${CACHE:-data/cache} OMP_NUM_THREADS=1
-M="--dtype ${DTYPE:-float32} --threads 1" ask="-m data.results.instrument ${OUT:-}"
+export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/instrument} CACHE=${CACHE:-data/cache} CORPUS FLAGS=${FLAGS:-}
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 M="--dtype ${DTYPE:-float32} --threads 1"
+ask="-m data.results.instrument ${OUT:-}"
 mkdir -p "$RUNS"
 todo() { "$PYTHON" $ask --todo ${SEEDS:-0 1 2}; }  # lines: SEED, rate of runs, of random weights, ROWS EPOCHS SEEDS
-todo | cut -d" " -f1 | sort -u | while read -r seed; do  # these are needed first
-    run=$RUNS/random-$seed
-    if [ -e "$run/model.pt" ]; then continue; fi
+pretrain() {  # SEED
+    local run=$RUNS/random-$1
+    if [ -e "$run/model.pt" ]; then return; fi
     if [ -e "$run/config.json" ]; then set -- --resume "$run" --cache "$CACHE"
-    else set -- --out "$run" --masking random --seed "$seed" --corpus "$CORPUS" --cache "$CACHE" \
-        --corpus-tokens 5200000 --steps 10000 --warmup-frac 0.02 --decay-frac 0.125 --eval-every 1000 \
-        --checkpoint-every 1000 $M ${FLAGS:-}; fi
-    echo "$PYTHON train.py $*"
-done | xargs -r -P "${JOBS:-2}" -I{} sh -c "{} >> $RUNS/train.txt 2>&1"
+    else set -- --out "$run" --masking random --seed "$1" --corpus "$CORPUS" --cache "$CACHE" --corpus-tokens 5200000 \
+        --steps 10000 --warmup-frac 0.02 --decay-frac 0.125 --eval-every 1000 --checkpoint-every 1000 $M $FLAGS; fi
+    "$PYTHON" train.py "$@" >> "$run.txt" 2>&1 || { tail -n 1 "$run.txt" >&2; return 255; }
+}
+export -f pretrain
+first=$(todo)
+cut -d" " -f1 <<< "$first" | sort -u | xargs -r -P "${JOBS:-2}" -L 1 bash -c 'pretrain "$@"' pretrain
 while lines=$(todo) && [ "$lines" ]; do
     read -r seed lr of_weights rows epochs seeds <<< "$lines"  # the first of them
     [ "$lines" != "${before:-}" ] || { tail -n 1 "$RUNS/glue.txt" >&2; exit 1; }
@@ -32,7 +35,8 @@ while lines=$(todo) && [ "$lines" ]; do
     glue() {
         "$PYTHON" -c "import sys, glue; glue.RATES[True, False] = ($of_weights, $of_weights)
 sys.argv[0] = 'glue.py'; glue.main()" "$run" --cache "$RUNS" $M --lr "$lr" --embedding-lr "$lr" --epochs "$epochs" \
-            --tasks SST-2,QQP,MNLI,QNLI --max-train "$rows" "$@" 2>> "$RUNS/glue.txt"
+            --tasks SST-2,QQP,MNLI,QNLI --max-train "$rows" "$@" 2>> "$RUNS/glue.txt" ||
+            { tail -n 1 "$RUNS/glue.txt" >&2; exit 1; }
     }
     glue --glue-dir "$GLUE" --seeds "$seeds" --jobs "${JOBS:-2}" ${FINE:-} >> "$RUNS/glue.txt"
     glue --table --jsonl instrument | "$PYTHON" $ask --keep "$run"

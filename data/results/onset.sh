@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?give the text:  CORPUS=FILE bash data/results/onset.sh}"
-export CORPUS RUNS=${RUNS:-runs/onset} CACHE=${CACHE:-data/cache} PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1
+export CORPUS RUNS=${RUNS:-runs/onset} CACHE=${CACHE:-data/cache} PYTHON=${PYTHON:-python}
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 mkdir -p "$RUNS"
 
 train() {  # NAME FLAGS...

@@ -80,7 +80,7 @@ def keep(run, path, diverged):
         key = entry["task"], entry["seed"], json.dumps(entry["recipe"])
         scores.setdefault(entry.pop("run"), {})[key] = entry
     of_both = {"seed": flags["seed"], **{
-        name: "/".join(sorted({start[name] for start in starts}))
+        name: "/".join(sorted({start.get(name, "") for start in starts}))
         for name in (*SAME, "machine", "commit")}}
     weights = {"run": f"{RANDOM_WEIGHTS}-{flags['seed']}", "arm": RANDOM_WEIGHTS, **of_both}
     line = {"run": run.name, "arm": run.name.removesuffix(f"-{flags['seed']}"), **of_both,
@@ -97,19 +97,24 @@ def keep(run, path, diverged):
                             f"{', '.join(PRIMARY)}")
         for entry in each["scores"]:  # which rows are right, in a quarter of the letters
             entry["correct"] = f"{int('0' + entry['correct'], 2):x}"
-    with open(path, "ab", buffering=0) as f:  # in one piece: a kill must not leave half a line
-        fcntl.flock(f, fcntl.LOCK_EX)  # two runs may end at the same time
-        old = path.read_bytes()
-        f.write("".join(json.dumps(each) + "\n" for each in (line, weights) if each["scores"]
-                        or each is line if f'"run": "{each["run"]}"'.encode() not in old).encode())
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # two runs may end at the same time
+        old = path.read_text() if path.exists() else ""
+        new = [each for each in (line, weights) if f'"run": "{each["run"]}"' not in old]
+        new = [each for each in new if each is line or each["scores"]]
+        for each in new:
+            check(path, *{each["commit"], *(e["commit"] for e in each["scores"])})
+        write_atomic(path, (old + "".join(json.dumps(e) + "\n" for e in new)).encode())
 
 
-def check(path):
-    """UserError where a run of this commit could not stand in one table with those of a file."""
-    first = json.loads(path.read_text().partition("\n")[0])["commit"]
-    if first != commit():
-        raise UserError(f"{path} is of commit {first}, and this is {commit()}: run that one, for "
-                        f"example in  git worktree add ../runs {first[:9]}  , or give another OUT")
+def check(path, *commits):
+    """UserError where what is of these commits, or of more than one, could not stand in a file."""
+    first = commits[0]
+    if path.exists():
+        first = json.loads(path.read_text().partition("\n")[0])["commit"]
+    if {first} != set(commits):
+        raise UserError(f"{path} is of commit {first}, and this of {', '.join(sorted(commits))}: "
+                        "run all with one, for example in a git worktree, or give another OUT")
 
 
 def read_lines(path):
@@ -117,7 +122,8 @@ def read_lines(path):
     """
     arms, first = {}, None
     for line in map(json.loads, path.read_text().splitlines()):
-        first, commits = first or line["commit"], {e["commit"] for e in (line, *line["scores"])}
+        first = line["commit"] if first is None else first
+        commits = {e["commit"] for e in (line, *line["scores"])}
         if commits != {first}:
             raise UserError(f"{path}: {line['run']} is of commit {', '.join(commits)}, and the "
                             f"first line of {first}: they cannot stand in one table")
@@ -193,13 +199,15 @@ def verdict(arm, found, p):
     return "no gain that matters" if small else "inconclusive"
 
 
-def choose_last(full):
-    """Which rule the last test gives a falling rate, by seeds 10 to 15 (plan.md) -> in words."""
-    missing = [f"{arm} - {control}" for arm, control in RULES.items() if (arm, control) not in full]
+def choose_last(full, cut=()):
+    """Which rule the last test gives a falling rate, by seeds 10 to 15 (plan.md) -> in words. Those
+    that were `cut` from the comparison are left out."""
+    rules = {arm: control for arm, control in RULES.items() if arm not in cut}
+    missing = [f"{arm} - {control}" for arm, control in rules.items() if (arm, control) not in full]
     if missing:
         return f"The rule of the last test is chosen when these are full: {', '.join(missing)}."
     means = {arm: compare({seed: full[arm, control][seed] for seed in SIX})["difference"]
-             for arm, control in RULES.items()}
+             for arm, control in rules.items()}
     best = max(means, key=means.get)
     rule = best if means[best] >= means["error"] + 0.2 else "error"
     said = ", ".join(f"{arm} {mean:+.2f}" for arm, mean in means.items())
@@ -207,11 +215,11 @@ def choose_last(full):
         "none, all are below -0.3." if means[best] < -0.3 else f"{rule}-fall.")
 
 
-def as_steps(pairs, arms):
+def as_steps(pairs, longer_pairs):
     """What a difference to random is worth as steps of random masking -> the ratio and its interval
     by leaving out one seed at a time, as words; - where longer is not surely better."""
-    both = {seed: (points(arms["longer"][seed]) - points(control), points(run) - points(control))
-            for seed, (run, control) in pairs.items() if seed in arms.get("longer", {})}
+    both = {seed: tuple(points(a) - points(b) for a, b in (longer_pairs[seed], pairs[seed]))
+            for seed in pairs.keys() & longer_pairs.keys()}
 
     def doublings(seeds):
         longer, ours = (statistics.fmean(both[seed][i] for seed in seeds) for i in (0, 1))
@@ -229,7 +237,7 @@ def as_steps(pairs, arms):
 
 def flops(pairs, *names):
     """The FLOPs of these names, over those of the control, as words."""
-    both = [[sum(run.get(name, 0) for name in names) for run in pair] for pair in pairs.values()]
+    both = [[sum(run.get(name) or 0 for name in names) for run in pair] for pair in pairs.values()]
     ratios = [ours / theirs for ours, theirs in both if theirs]
     return f"{statistics.fmean(ratios):.2f}" if ratios else "-"
 
@@ -241,7 +249,7 @@ def show(r):
     return "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**r)
 
 
-def print_tables(full, found, arms):
+def print_tables(full, found, cut):
     p = confirm(found)
     rows = ["arm,control,n,difference [95 %],[90 %],p (not corrected),sign flip,p (Holm),"
             "joint error,FLOPs,with teacher,time,as steps".split(",")]
@@ -254,7 +262,7 @@ def print_tables(full, found, arms):
             f"{r['p_t']:.4f}", f"{r['p_sign_flip']:.4f}", f"{p[arm]:.4f}" if tested else "-",
             f"{math.hypot(r['seed_error'], over_rows):.2f}", flops(pairs, "flops"),
             flops(pairs, "flops", "teacher_flops"), flops(pairs, "seconds"),
-            as_steps(pairs, arms) if control == "random" else "-"])
+            as_steps(pairs, full.get(("longer", "random"), {})) if control == "random" else "-"])
     print("\n" + grid(rows) + "\n")
     for arm, controls in CONFIRMATORY.items():
         if all((arm, control) in full for control in controls):
@@ -264,7 +272,7 @@ def print_tables(full, found, arms):
         known = found["self", "random"]["high"] < claim
         print(f"The paper's +5 % would be {claim:.2f} points: "
               + ("refuted here" if known else "not refuted") + " for self.")
-    print(choose_last(full))
+    print(choose_last(full, cut))
     print("\n" + grid([["difference [95 %]", *SECONDARY]] + [
         [" - ".join(contrast), *(show(compare(pairs, of)) for of in SECONDARY.values())]
         for contrast, pairs in full.items()]))
@@ -293,12 +301,13 @@ def main():
     parser.add_argument("file", type=Path, nargs="?", default=Path(__file__).with_suffix(".jsonl"))
     parser.add_argument("--keep", type=Path, metavar="RUN", help="add this run to FILE")
     parser.add_argument("--diverged", action="store_true", help="it did, or a fine-tuning of it")
+    parser.add_argument("--cut", default="", help="rules that were cut, a list with commas")
     parser.add_argument("--check", action="store_true", help="UserError for another commit")
     args = parser.parse_args()
     if "keep" in args:
         return keep(args.keep, args.file, "diverged" in args)
     if "check" in args:
-        return check(args.file)
+        return check(args.file, commit())
     if not args.file.exists():
         raise UserError(f"{args.file} is not there: bash data/results/replicate.sh makes one")
     arms, full, others = read_lines(args.file), {}, [["of no plan", "n", "difference [95 %]"]]
@@ -313,7 +322,7 @@ def main():
             others.append([" - ".join(contrast), str(len(rest)), show(compare(rest))])
     found = {contrast: compare(pairs) for contrast, pairs in full.items()}
     if full:
-        print_tables(full, found, arms)
+        print_tables(full, found, args.cut.split(","))
     if ("random", RANDOM_WEIGHTS) in full and len(full) > 1:
         draw(full, found, args.file.with_suffix(".svg"))
     if others[1:]:

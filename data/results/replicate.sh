@@ -21,7 +21,8 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-python} CORPUS=${CORPUS:-wikitext103} GLUE=${GLUE:-}
 export DRY=${DRY:-} FLAGS=${FLAGS:-} FINE=${FINE:-} RUNS=${RUNS:-runs/replicate} CACHE=${CACHE:-data/cache}
-export OMP_NUM_THREADS=1 OUT=${OUT:-$RUNS/quality.jsonl} MACHINE="--dtype ${DTYPE:-float32} --threads 1"
+export OUT=${OUT:-$RUNS/quality.jsonl} MACHINE="--dtype ${DTYPE:-float32} --threads 1"
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1  # what is printed last stands last in a file, too
 [ "$DRY" ] || mkdir -p "$RUNS"
 
 # ARM SEED -> flags, an array: how the arm differs from random masking. The steps of `longer` have the FLOPs
@@ -85,15 +86,17 @@ one() {  # ARM SEED: pretrain, fine-tune, keep
     if [ "$DRY" ]; then measure "$1" "$2" && return; fi
     if [ "$1" = teacher ]; then return; fi
     [ "$diverged" ] || scores=$("$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl replicate \
-        2>> "$run.txt") || broken
-    "$PYTHON" -m data.results.quality "$OUT" --keep "$run" $diverged <<< "$scores" 2>> "$run.txt" || broken
+        2>> "$run.txt") || stop
+    "$PYTHON" -m data.results.quality "$OUT" --keep "$run" $diverged <<< "$scores" 2>> "$run.txt" || stop
     echo "$(date +%H:%M) $name"
 }
-# Stopped or broken: xargs starts no other run (255), and nothing is kept. What diverged is a result, though.
-broken() {
-    if tail -n 3 "$run.txt" | grep -q "is not finite"; then diverged=--diverged && return; fi
+stop() {  # xargs starts no other run
     tail -n 1 "$run.txt" >&2
     exit 255
+}
+broken() {  # nothing is kept; but if it diverged, or a fine-tuning of it, that is a result
+    tail -n 3 "$run.txt" | grep -q -e "gradient is not finite" -e "error: $name, .*is not finite" || stop
+    diverged=--diverged
 }
 
 # ARM SEED: add to the file `minutes` what it takes, by 20 steps. Its fine-tuning is taken to be as long as the
@@ -101,12 +104,15 @@ broken() {
 measure() {
     local finished=$RUNS/$1-$2/model.pt RUNS=$MEASURED run=$MEASURED/$1-$2 flags steps
     for arm in random "$1"; do
-        if [ -e "$MEASURED/$arm" ]; then continue; fi
+        if [ -e "$MEASURED/$arm" ]; then  # of a teacher another seed's will do
+            [ "$arm" != teacher ] || ln -sfn "$(ls -d "$MEASURED"/teacher-? | head -n 1)" "$MEASURED/teacher-$2"
+            continue
+        fi
         run=$MEASURED/$arm-$2
         set_flags "$arm" "$2"
         steps=$(sed 's/.*--steps \([0-9]*\).*/\1/' <<< "${flags[*]}")  # the last one counts
         "$PYTHON" train.py "${flags[@]}" --out "$run" --steps 20 --eval-every 0 --eval-blocks 2 > "$run.txt" 2>&1 ||
-            broken
+            stop
         tail -n 1 "$run/log.jsonl" | sed 's/.*"seconds": \([0-9.]*\).*/\1/' |
             awk "{ print \$1 / 20 * $steps / 60 }" > "$MEASURED/$arm"
     done
@@ -114,7 +120,7 @@ measure() {
     [ "$1" = teacher ] || cat "$MEASURED/random" >> "$MEASURED/minutes"
     echo "\"run\": \"$1-$2\"" >> "$OUT"  # a copy: no run is told twice
 }
-export -f set_flags scorings say one broken measure
+export -f set_flags scorings say one stop broken measure
 
 asked() { [ -z "${ARMS:-}" ] || [[ " $ARMS " == *" $1 "* ]]; }
 all() { xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one; }
@@ -143,12 +149,18 @@ teachers() {  # SEEDS...: the teachers of what is not there yet
     done | sort -u | all
 }
 
-for arm in ${ARMS:-}; do set_flags "$arm" 0; done  # is there such an arm?
+for arm in ${ARMS:-} ${MOON:+$(printf "%s-fall " $MOON)}; do  # is there such an arm?
+    set_flags "$arm" 0
+    if [ "$arm" = teacher ] || { [[ $arm == *-fall ]] && [[ " ${MOON:-} " != *" ${arm%-fall} "* ]]; }; then
+        echo "ARMS: $arm is made where it is needed: teachers for distill, RULE-fall with MOON=RULE" >&2 && exit 2
+    fi
+done
 JOBS=${JOBS:-2} at_once=${JOBS:-2}
 if [ "$DRY" ]; then
     JOBS=1 MEASURED=$(mktemp -d)
     export MEASURED
     trap 'rm -rf "$MEASURED"' EXIT
+    : > "$MEASURED/minutes"
     if [ -e "$OUT" ]; then cp "$OUT" "$MEASURED/quality.jsonl"; fi
     OUT=$MEASURED/quality.jsonl
 fi
