@@ -1,7 +1,7 @@
 """Run folders: what is refused before any work begins, checkpoints, the log.
 
     runs/self-0/  config.json         every flag, hashes of corpus, tokenizer and teacher, FLOPs,
-                                      and the machine and versions of each start
+                                      and machine, versions and commit of each start
                   tokenizer.model     the vocabulary
                   log.jsonl           a JSON object a line, see data/results/keys.md
                   checkpoint.pt       everything needed to go on; checkpoint.prev.pt the one before
