@@ -210,3 +210,16 @@ def test_compile_without_a_compiler_is_one_line(folder, monkeypatch, capsys):
     monkeypatch.setenv("PATH", "/nowhere")
     line = refused(command(folder, "compiled", "--compile"), monkeypatch, capsys)
     assert "--compile needs a C++ compiler" in line and not (folder / "compiled").exists()
+
+
+def test_the_commit_is_that_of_this_checkout(tmp_path, monkeypatch):
+    commit = M.commit.__wrapped__  # not what was cached
+    here = commit()
+    assert len(here.removesuffix("-dirty")) == (40 if (ROOT / ".git").exists() else 0)
+    monkeypatch.setenv("GIT_DIR", "/of/another/repository")  # as within a hook of git
+    assert commit() == here
+    monkeypatch.setattr(M, "__file__", str(tmp_path / "data" / "machine.py"))  # no checkout
+    assert commit() == ""
+    monkeypatch.setattr(M, "__file__", str(ROOT / "data" / "machine.py"))
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert commit() == ""
