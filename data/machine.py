@@ -38,7 +38,8 @@ PATIENCE = timedelta(hours=2)
 
 MACHINE_FLAGS = [  # of train.py and glue.py alike
     ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU where there is one"),
-    ("dtype", "auto", ("auto", "float32", "bfloat16"), "auto: bfloat16 on GPUs that have it"),
+    ("dtype", "auto", ("auto", "float32", "bfloat16"),
+     "auto: bfloat16 where the GPU or CPU has it in hardware"),
     ("threads", 0, "from 0 to 1024", "CPU threads; 0: as many as this process has cores"),
 ]
 
@@ -124,16 +125,17 @@ class Machine:
             raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
         use_gpu = args.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        has_bfloat16 = (torch.cuda.is_bf16_supported(including_emulation=False) if use_gpu else
-                        getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())
-        auto = "bfloat16" if use_gpu and has_bfloat16 else "float32"
+        has_bfloat16 = (  # in hardware: emulated, it is twenty times slower than float32 on a CPU
+            torch.cuda.is_bf16_supported(including_emulation=False) if use_gpu else
+            getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # CPUs with AMX have it, too
+        auto = "bfloat16" if has_bfloat16 else "float32"
         self.dtype = auto if args.dtype == "auto" else args.dtype
         if WORLD > 1:
             self.join()
         self.name = processor(self.device)
         self.about = f"{self.name}, {self.threads} threads, {self.dtype}"
-        if has_bfloat16 and self.dtype == "float32":
-            self.about += "; --dtype bfloat16 is faster here"
+        if self.dtype == "bfloat16" and not has_bfloat16:
+            self.about += ", which is emulated here and slow"
         if not use_gpu and self.threads > 1 and busy() + self.threads * HERE > os.cpu_count():
             self.about += "; other processes are busy, so --threads 1 is faster now"
 

@@ -45,7 +45,7 @@ def command(folder, out, *flags):
             "--vocab-size", "600", "--layers", "2", "--width", "64", "--seq-len", "34",
             "--batch-size", "8", "--steps", "24", "--log-every", "4", "--eval-every", "8",
             "--eval-blocks", "16", "--checkpoint-every", "5", "--threads", "1",
-            "--out", str(folder / out), *map(str, flags)]
+            "--dtype", "float32", "--out", str(folder / out), *map(str, flags)]
 
 
 def call(argv, monkeypatch):

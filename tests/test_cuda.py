@@ -167,7 +167,7 @@ def last_loss(folder):
 ], ids=lambda flags: " ".join(flags[1:]).replace("-", ""))
 def test_a_run_on_the_gpu_learns_what_it_learns_on_the_cpu(box, tmp_path, flags):
     flags = [*flags, *[box / "teacher"] * ("--teacher" in flags)]
-    run(*command(box, tmp_path / "gpu", *flags))
+    run(*command(box, tmp_path / "gpu", "--dtype", "auto", *flags))
     start = read_config(tmp_path / "gpu")["starts"][0]
     assert (start["device"], start["dtype"]) == ("cuda", "bfloat16")
     flags = [flag for flag in flags if flag != "--compile"]

@@ -91,7 +91,7 @@ def no_score_is_left_from_another_test(folder):
 
 def command(folder, *argv, runs=("random-0", "self-0")):
     return ["glue.py", *(folder / run for run in runs), "--glue-dir", folder / "GLUE",
-            "--cache", folder / "cache", "--threads", "1", *argv]
+            "--cache", folder / "cache", "--threads", "1", "--dtype", "float32", *argv]
 
 
 def scores(run):
@@ -271,7 +271,7 @@ def test_a_score_of_another_machine_is_no_score(what, note, folder, monkeypatch,
     path = folder / "random-0" / "glue.json"
     path.write_text(path.read_text().replace(f'"{what}": "', f'"{what}": "another '))
     capsys.readouterr()
-    call(command(folder, "--table", runs=["random-0"]), monkeypatch)
+    call(command(folder, "--table", "--dtype", "auto", runs=["random-0"]), monkeypatch)
     assert note in capsys.readouterr().out
     call(command(folder, *flags, runs=["random-0"]), monkeypatch)
     old, new = scores(folder / "random-0")
