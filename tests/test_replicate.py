@@ -113,6 +113,18 @@ def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
     assert not (tmp_path / "runs").exists() and len(calls) == 2
 
 
+def test_all_runs_of_a_seed_have_the_number_format_of_its_first(tmp_path):
+    (tmp_path / "runs").mkdir()
+    kept = {"run": "random-10", "seed": 10, "dtype": "bfloat16", "scores": [{"dtype": "other"}]}
+    for more, others in (({}, "auto"), ({"DTYPE": "float32"}, "float32")):
+        (tmp_path / "runs/quality.jsonl").write_text(json.dumps(kept) + "\n")
+        _, calls = run_script(tmp_path, SEEDS="10 0 1", ARMS="fall", **more)
+        for seed, dtype in ("10", "bfloat16"), ("0", others), ("1", others):
+            asked = [line for line in calls if f"fall-{seed} " in line + " " and "-m" not in line]
+            assert len(asked) > 2
+            assert all(f"--dtype {dtype} --threads 1" in line for line in asked)
+
+
 def test_no_such_arm(tmp_path):
     for asked, said in (({"ARMS": "random slef"}, "no arm slef"), ({"MOON": "slef"}, "no arm slef"),
                         ({"ARMS": "teacher"}, "teachers for distill"),

@@ -12,7 +12,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 : "${CORPUS:?}" "${GLUE:?}"
 export PYTHON=${PYTHON:-python} RUNS=${RUNS:-runs/instrument} CACHE=${CACHE:-data/cache} CORPUS FLAGS=${FLAGS:-}
-export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 M="--dtype ${DTYPE:-float32} --threads 1"
+export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1 M="--dtype ${DTYPE:-auto} --threads 1"
 ask="-m data.results.instrument ${OUT:-}"
 mkdir -p "$RUNS"
 todo() { "$PYTHON" $ask --todo ${SEEDS:-0 1 2}; }  # lines: SEED, rate of runs, of random weights, ROWS EPOCHS SEEDS

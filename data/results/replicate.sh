@@ -12,7 +12,8 @@
 #     SEEDS, ARMS   numbers and names from the lists below (default: as planned, in the plan's order)
 #     JOBS          runs at a time, each with one thread (2)
 #     CORPUS, GLUE  a text; a folder with GLUE's files (default: WikiText-103 and the official files, downloaded)
-#     DTYPE         float32, as planned; bfloat16 is faster where the machine has it. One for all runs of a seed
+#     DTYPE         the number format of seeds that have no run yet (auto: bfloat16 where the machine has it);
+#                   later runs of a seed have that of its first
 #     MOON=RULE     the last test of the plan, by the rule that quality.py names: error, self, ...
 #     RUNS, CACHE, OUT, PYTHON    folders, the file with the lines, and the program. Where RUNS may go, put OUT
 #                   elsewhere and keep RUNS/glue (scores of random weights) and RUNS/teacher-*/model.pt beside it
@@ -21,7 +22,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHON=${PYTHON:-python} CORPUS=${CORPUS:-wikitext103} GLUE=${GLUE:-}
 export DRY=${DRY:-} FLAGS=${FLAGS:-} FINE=${FINE:-} RUNS=${RUNS:-runs/replicate} CACHE=${CACHE:-data/cache}
-export OUT=${OUT:-$RUNS/quality.jsonl} MACHINE="--dtype ${DTYPE:-float32} --threads 1"
+export OUT=${OUT:-$RUNS/quality.jsonl} DTYPE=${DTYPE:-auto}
 export OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1  # what is printed last stands last in a file, too
 [ "$DRY" ] || mkdir -p "$RUNS"
 
@@ -56,7 +57,13 @@ set_flags() {
     *) echo "ARMS: there is no arm $1" >&2 && exit 2 ;;
     esac
     flags=(--seed "$2" --corpus "$CORPUS" --corpus-tokens 5200000 --steps 10000 --warmup-frac 0.02 --decay-frac 0.125
-        --eval-every 1000 --checkpoint-every 1000 --cache "$CACHE" $MACHINE "${flags[@]}" $FLAGS)
+        --eval-every 1000 --checkpoint-every 1000 --cache "$CACHE" $(machine "$2") "${flags[@]}" $FLAGS)
+}
+
+machine() {  # SEED -> flags of both scripts. The two runs of a pair must have one number format.
+    local kept=$(grep -sm 1 "^{\"run\": \"[^\"]*-$1\"" "$OUT" | grep -o '"dtype": "[a-z0-9]*"' | head -n 1)
+    kept=$(cut -d'"' -f4 <<< "$kept")
+    echo "--dtype ${kept:-$DTYPE} --threads 1"
 }
 
 scorings() {  # SEED -> a line of glue.py's flags for each recipe
@@ -79,13 +86,13 @@ one() {  # ARM SEED: pretrain, fine-tune, keep
     # Scores of random weights are kept in RUNS: those of other recipes, elsewhere, are not taken for them.
     if [ "$1" != teacher ] && [ -z "$diverged" ]; then
         while read -r scoring; do  # no table of it is kept: one of `random` shows random weights against it
-            to=/dev/null say "$PYTHON" glue.py "$run" --glue-dir "$GLUE" --cache "$RUNS" $MACHINE $scoring $FINE \
-                < /dev/null || broken
+            to=/dev/null say "$PYTHON" glue.py "$run" --glue-dir "$GLUE" --cache "$RUNS" $(machine "$2") $scoring \
+                $FINE < /dev/null || broken
         done < <(scorings "$2")
     fi
     if [ "$DRY" ]; then measure "$1" "$2" && return; fi
     if [ "$1" = teacher ]; then return; fi
-    [ "$diverged" ] || scores=$("$PYTHON" glue.py "$run" --cache "$RUNS" $MACHINE --table --jsonl replicate \
+    [ "$diverged" ] || scores=$("$PYTHON" glue.py "$run" --cache "$RUNS" $(machine "$2") --table --jsonl replicate \
         2>> "$run.txt") || stop
     "$PYTHON" -m data.results.quality "$OUT" --keep "$run" $diverged <<< "$scores" 2>> "$run.txt" || stop
     echo "$(date +%H:%M) $name"
@@ -120,7 +127,7 @@ measure() {
     [ "$1" = teacher ] || cat "$MEASURED/random" >> "$MEASURED/minutes"
     echo "\"run\": \"$1-$2\"" >> "$OUT"  # a copy: no run is told twice
 }
-export -f set_flags scorings say one stop broken measure
+export -f set_flags machine scorings say one stop broken measure
 
 asked() { [ -z "${ARMS:-}" ] || [[ " $ARMS " == *" $1 "* ]]; }
 all() { xargs -P "$JOBS" -L 1 bash -c 'one "$@"' one; }
