@@ -120,7 +120,7 @@ def test_all_runs_of_a_seed_have_the_number_format_of_its_first(tmp_path):
         (tmp_path / "runs/quality.jsonl").write_text(json.dumps(kept) + "\n")
         _, calls = run_script(tmp_path, SEEDS="10 0 1", ARMS="fall", **more)
         for seed, dtype in ("10", "bfloat16"), ("0", others), ("1", others):
-            asked = [line for line in calls if f"fall-{seed} " in line + " " and "-m" not in line]
+            asked = [line for line in calls if f"fall-{seed} " in line + " " and "-m " not in line]
             assert len(asked) > 2
             assert all(f"--dtype {dtype} --threads 1" in line for line in asked)
 
@@ -205,7 +205,7 @@ def test_a_toy_is_replicated_and_killed_on_the_way(toy, monkeypatch, capsys):
     runs = toy / "runs"
     env = {**os.environ, "PYTHON": sys.executable, "CORPUS": str(toy / "text.txt"),
            "GLUE": str(toy / "glue"), "CACHE": str(toy / "cache"), "RUNS": str(runs),
-           "DTYPE": "float32", "SEEDS": "0", "ARMS": "error", "FINE": "--max-train 16",
+           "DTYPE": "float32", "SEEDS": "0", "ARMS": "error", "FINE": "--batch-size 24",
            "FLAGS": "--vocab-size 600 --layers 2 --width 64 --seq-len 34 --batch-size 8 --steps 60 "
                     "--eval-blocks 8 --eval-every 0 --checkpoint-every 5 --log-every 5"}
     first = subprocess.Popen(SCRIPT, env=env, start_new_session=True)
@@ -247,7 +247,7 @@ def run(arm, seed, right, **more):
     return {**where, "run": f"{arm}-{seed}", "arm": arm, "seed": seed, "finished": True,
             "flops": 100, "teacher_flops": 0, "teacher_sha256": "", "val_loss": 5.0, "scores": [
                 {**where, "task": task, "seed": 0, "data": "d",
-                 "recipe": {"epochs": 1, "freeze": False},
+                 "recipe": quality.RECIPE,
                  "score": 10 * right, "parts": dict.fromkeys(TASKS[task].parts, 10 * right),
                  "rows": [9, 10], "correct": f"{int('1' * right + '0' * (10 - right), 2):x}"}
                 for task in PRIMARY], **more}
@@ -397,8 +397,8 @@ def test_the_rule_of_the_last_test_is_chosen_by_six_seeds(best, chosen):
 
 
 @pytest.mark.parametrize("p, difference, smallest, said", [
-    (0.04, 4.5, None, "gain"), (0.04, 4.5, 9.0, "gain, too small to matter"),
-    (0.04, -4.5, 1.0, "loss"), (0.06, 4.5, None, "inconclusive"), (0.06, 1.0, 4.5, "inconclusive"),
+    (0.04, 4.5, 1.0, "gain"), (0.04, 4.5, 9.0, "gain, too small to matter"),
+    (0.04, -4.5, 1.0, "loss"), (0.06, 4.5, 1.0, "inconclusive"), (0.06, 1.0, 4.5, "inconclusive"),
     (0.06, 1.0, 4.7, "no gain that matters")])
 def test_the_verdict_knows_the_smallest_effect(p, difference, smallest, said, monkeypatch):
     monkeypatch.setattr(quality, "SMALLEST", smallest)

@@ -27,9 +27,9 @@ from data.runs import read_config, read_log
 from data.scores import RANDOM_WEIGHTS, grid, measures, row_error
 from data.tasks import PRIMARY
 
-RECIPE = {"epochs": 1, "freeze": False}  # of the primary endpoint (recipe.md)
+RECIPE = {"max_train": 5000, "epochs": 3, "freeze": False}  # of the primary endpoint (recipe.md)
 PATHS = ("corpus", "teacher", "init_from", "flops_of")  # flags that say where, not what
-SMALLEST = None  # points: the smallest effect of interest; None until plan.md has it
+SMALLEST = 0.86  # points: the smallest effect of interest (plan.md)
 DOUBLINGS = math.log2(14014 / 10000)  # of the steps of random, that longer has (plan.md)
 
 FIRST, KD, SIX, THREE, MOON = (range(*ends) for ends in (
@@ -64,7 +64,7 @@ SECONDARY = {
     "MNLI": partial(points, what="MNLI matched"), "QNLI": partial(points, what="QNLI accuracy"),
     "STS-B": partial(points, what="STS-B spearman"),
     "frozen encoder": partial(points, freeze=True),
-    "three epochs": partial(points, max_train=20_000, epochs=3, freeze=False),
+    "20 000 rows": partial(points, max_train=20_000, epochs=3, freeze=False),
     "loss (nats)": lambda line: line.get("val_loss"),
     **{f"of the {bin}": lambda line, bin=bin: line["bins"].get(bin, (0, None))[1] for bin in (
         "100 most frequent", "1000 times or more", "100 times or more", "less often")}}
@@ -193,7 +193,7 @@ def verdict(arm, found, p):
     """What the tests say of a confirmatory arm: the corrected p, and the 90 % interval (self:
     against longer) against the smallest effect of interest."""
     last = found[arm, CONFIRMATORY[arm][-1]]
-    small = SMALLEST is not None and ninety(last)[1] < SMALLEST
+    small = ninety(last)[1] < SMALLEST
     if p[arm] < 0.05:
         return "gain" + ", too small to matter" * small if last["difference"] > 0 else "loss"
     return "no gain that matters" if small else "inconclusive"

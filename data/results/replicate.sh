@@ -68,7 +68,7 @@ machine() {  # SEED -> flags of both scripts. The two runs of a pair must have o
 
 scorings() {  # SEED -> a line of glue.py's flags for each recipe
     local four=SST-2,QQP,MNLI,QNLI
-    echo "--tasks $four,STS-B --epochs 1 --seeds 3"
+    echo "--tasks $four,STS-B --max-train 5000 --epochs 3 --seeds 3"
     echo "--tasks $four --freeze"
     if [[ $1 =~ ^1[012]$ ]]; then echo "--tasks $four --epochs 3"; fi
 }
