@@ -39,7 +39,7 @@ PATIENCE = timedelta(hours=2)
 MACHINE_FLAGS = [  # of train.py and glue.py alike
     ("device", "auto", ("auto", "cpu", "cuda"), "auto: a GPU where there is one"),
     ("dtype", "auto", ("auto", "float32", "bfloat16"),
-     "auto: bfloat16 where the GPU or CPU has it in hardware"),
+     "auto: bfloat16 on GPUs that have it, and on CPUs with AVX512_BF16"),
     ("threads", 0, "from 0 to 1024", "CPU threads; 0: as many as this process has cores"),
 ]
 
@@ -93,13 +93,15 @@ def keep_memory():
 
 
 def processor(device):
-    """The name of the GPU or CPU, as its maker prints it."""
+    """The name of the GPU or CPU, as its maker prints it; of a CPU with family and model, since
+    some makers give several the same name."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
-        with open("/proc/cpuinfo") as f:
-            return next(line.split(":")[1].strip() for line in f if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or not a PC
+        first = Path("/proc/cpuinfo").read_text().partition("\n\n")[0]
+        found = dict(re.findall(r"(model name|cpu family|model)\t+: (.*)", first))
+        return "{model name}, family {cpu family}, model {model}".format(**found)
+    except (OSError, KeyError):  # not Linux, or not a PC
         return platform.processor() or platform.machine()
 
 
@@ -132,10 +134,12 @@ class Machine:
         self.dtype = auto if args.dtype == "auto" else args.dtype
         if WORLD > 1:
             self.join()
+            if self.any(self.dtype == "float32"):  # one of several machines has no bfloat16
+                self.dtype = "float32"
         self.name = processor(self.device)
         self.about = f"{self.name}, {self.threads} threads, {self.dtype}"
         if self.dtype == "bfloat16" and not has_bfloat16:
-            self.about += ", which is emulated here and slow"
+            self.about += "; torch knows no hardware for that here, so it may be slow"
         if not use_gpu and self.threads > 1 and busy() + self.threads * HERE > os.cpu_count():
             self.about += "; other processes are busy, so --threads 1 is faster now"
 

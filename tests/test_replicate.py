@@ -114,15 +114,18 @@ def test_dry_prints_every_command_once_and_how_long_they_take(tmp_path):
 
 
 def test_all_runs_of_a_seed_have_the_number_format_of_its_first(tmp_path):
-    (tmp_path / "runs").mkdir()
     kept = {"run": "random-10", "seed": 10, "dtype": "bfloat16", "scores": [{"dtype": "other"}]}
     for more, others in (({}, "auto"), ({"DTYPE": "float32"}, "float32")):
+        (tmp_path / "runs/fall-1").mkdir(parents=True, exist_ok=True)  # not kept yet
+        (tmp_path / "runs/fall-1/config.json").write_text('{"starts": [{"dtype": "bfloat16"}]}')
         (tmp_path / "runs/quality.jsonl").write_text(json.dumps(kept) + "\n")
         _, calls = run_script(tmp_path, SEEDS="10 0 1", ARMS="fall", **more)
-        for seed, dtype in ("10", "bfloat16"), ("0", others), ("1", others):
+        for seed, dtype in ("10", "bfloat16"), ("0", others), ("1", "bfloat16"):
             asked = [line for line in calls if f"fall-{seed} " in line + " " and "-m " not in line]
+            asked = [line for line in asked if "--resume" not in line]  # that keeps its own
             assert len(asked) > 2
             assert all(f"--dtype {dtype} --threads 1" in line for line in asked)
+            (tmp_path / f"runs/fall-{seed}/config.json").write_text("{}")
 
 
 def test_no_such_arm(tmp_path):

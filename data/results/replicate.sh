@@ -13,7 +13,7 @@
 #     JOBS          runs at a time, each with one thread (2)
 #     CORPUS, GLUE  a text; a folder with GLUE's files (default: WikiText-103 and the official files, downloaded)
 #     DTYPE         the number format of seeds that have no run yet (auto: bfloat16 where the machine has it);
-#                   later runs of a seed have that of its first
+#                   later runs of a seed, and its scores, have that of its first
 #     MOON=RULE     the last test of the plan, by the rule that quality.py names: error, self, ...
 #     RUNS, CACHE, OUT, PYTHON    folders, the file with the lines, and the program. Where RUNS may go, put OUT
 #                   elsewhere and keep RUNS/glue (scores of random weights) and RUNS/teacher-*/model.pt beside it
@@ -61,8 +61,8 @@ set_flags() {
 }
 
 machine() {  # SEED -> flags of both scripts. The two runs of a pair must have one number format.
-    local kept=$(grep -sm 1 "^{\"run\": \"[^\"]*-$1\"" "$OUT" | grep -o '"dtype": "[a-z0-9]*"' | head -n 1)
-    kept=$(cut -d'"' -f4 <<< "$kept")
+    local kept=$(grep -sm 1 "^{\"run\": \"[^\"]*-$1\"" "$OUT" | cat - "$RUNS"/*-"$1"/config.json 2> /dev/null |
+        grep -o '"dtype": "[a-z0-9]*"' | head -n 1 | cut -d'"' -f4)
     echo "--dtype ${kept:-$DTYPE} --threads 1"
 }
 
@@ -107,7 +107,7 @@ broken() {  # nothing is kept; but if it diverged, or a fine-tuning of it, that 
 }
 
 # ARM SEED: add to the file `minutes` what it takes, by 20 steps. Its fine-tuning is taken to be as long as the
-# pretraining of `random`: about so it was in a pilot.
+# pretraining of `random`: about so it is.
 measure() {
     local finished=$RUNS/$1-$2/model.pt RUNS=$MEASURED run=$MEASURED/$1-$2 flags steps
     for arm in random "$1"; do
