@@ -91,7 +91,7 @@ def test_every_key_of_the_log_is_explained(tmp_path, monkeypatch):
 def test_pages_are_narrow_and_have_no_gaps():
     for page in PAGES:
         text = page.read_text()
-        assert "{{" not in text, page.name
+        assert not re.search("{{|FORMATS|GAP|TODO", text), page.name
         assert not [line for line in text.splitlines() if len(line) > 120], page.name
 
 
