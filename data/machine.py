@@ -127,7 +127,7 @@ class Machine:
             raise UserError("--device cuda: this torch finds no GPU; use --device cpu")
         use_gpu = args.device != "cpu" and torch.cuda.is_available()
         self.device = torch.device("cuda" if use_gpu else "cpu")
-        has_bfloat16 = (  # in hardware: emulated, it is twenty times slower than float32 on a CPU
+        has_bfloat16 = (  # in hardware: emulated on a CPU, it is 17 times slower than float32
             torch.cuda.is_bf16_supported(including_emulation=False) if use_gpu else
             getattr(torch.cpu, "_is_avx512_bf16_supported", bool)())  # CPUs with AMX have it, too
         auto = "bfloat16" if has_bfloat16 else "float32"
