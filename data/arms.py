@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.files import UserError
-from data.runs import WITHOUT_CONTEXT, read_config, read_log
+from data.runs import read_config, read_log
 
 SAME = ("device", "dtype", "torch")  # scores that do not share these are not compared
 WHERE = (*SAME, "machine")  # a score of another processor, which rounds differently, is another one
@@ -24,7 +24,7 @@ class Pretraining:
     flops: int
     teacher_flops: int  # of the training of its teacher
     seconds: float
-    margin: float  # nats by which its held-out loss is below what needs no context
+    context_gain: float | None  # nats, at its last evaluation
 
 
 @dataclass
@@ -72,7 +72,7 @@ def read_run(path):
                 tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
                 flops=config["flops"], teacher_flops=config["teacher_flops"],
                 seconds=last.get("seconds", 0.0),
-                margin=WITHOUT_CONTEXT * config["unigram_entropy"] - last["val_loss"]))
+                context_gain=last.get("context_gain")))
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{path}: config.json or log.jsonl is damaged, or of another version")
 

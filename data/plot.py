@@ -14,7 +14,7 @@ from pathlib import Path
 from data.arms import group_arms, read_run
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
-from data.runs import WITHOUT_CONTEXT, read_config, read_log
+from data.runs import read_config, read_log
 
 WIDTH, HEIGHT, TOP = 800, 420, 44
 LINE = 17  # height of a line of text
@@ -98,9 +98,8 @@ def curves(runs):
     if len(tokenizers) > 1:
         raise UserError("these runs have different tokenizers: their losses, in nats per token, "
                         "cannot be compared")
-    H, *others = unigram
-    levels = {"reachable without context": WITHOUT_CONTEXT * H, "unigram entropy": H}
-    return losses, {} if others else levels, gains
+    levels = {"unigram entropy": H for H in unigram} if len(unigram) == 1 else {}
+    return losses, levels, gains
 
 
 def mean_curve(runs):

@@ -29,10 +29,6 @@ from data.files import (
 )
 from data.machine import RANK
 
-# The share of the unigram entropy below which a loss takes context. A tenth of the tokens to
-# predict is shown as it is: a model that copies those is below the entropy, but it still has all of
-# it at [MASK] (0.8 of them) and where another token stands (0.1).
-WITHOUT_CONTEXT = 0.9
 USES_CONTEXT = 0.25  # nats of context gain, as in the second part of data/results/plan.md
 CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher_sha256": str,
           "origin_sha256": str, "parameters": int, "unigram_entropy": float, "flops": int,

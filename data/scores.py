@@ -18,7 +18,7 @@ import numpy as np
 from data.arms import SAME, Model, differing, group_arms
 from data.confidence import paired
 from data.files import UserError, read_json, write_json
-from data.runs import WITHOUT_CONTEXT
+from data.runs import USES_CONTEXT
 from data.tasks import AVERAGED, PRIMARY, TASKS
 
 RANDOM_WEIGHTS = "random weights"
@@ -31,7 +31,6 @@ MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-fra
 # What pretraining must gain over random weights. A way of masking changes only a part of that: with
 # less there would be nothing to find. Two seeds say next to nothing of an error over seeds.
 PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
-PLATEAU_MARGIN = 0.5  # nats that a held-out loss must be below what needs no context: a choice
 
 
 # --------------------------------------------------------------------------------------------------
@@ -302,8 +301,7 @@ def notes_on_rows(examples):
 
 
 def notes_on_runs(arms, rows):
-    """Which arms lack seeds; which are on the plateau, where all strategies are alike; and whether
-    all was made by one processor."""
+    """Which arms lack seeds, or use no context yet; and whether one processor made all."""
     notes, of_all = [], [m for members in arms.values() for m in members]
     machines = {e["machine"] for m in of_all for e in m.scores} | {
         m.pretraining.start["machine"] for m in of_all if m.pretraining}
@@ -316,11 +314,10 @@ def notes_on_runs(arms, rows):
         if short:
             notes.append(f"{arm}: scored for fewer than its {len(members)} seeds: "
                          + ", ".join(short))
-        margin = min((m.pretraining.margin for m in members if m.pretraining), default=math.inf)
-        if margin < PLATEAU_MARGIN:
-            notes.append(f"{arm}: its held-out loss does not show that it uses context: it is "
-                         f"{-margin:+.2f} nats from {WITHOUT_CONTEXT} of the unigram entropy, and "
-                         f"should be {-PLATEAU_MARGIN} or less; see its context gain")
+        gains = [m.pretraining.context_gain for m in members if m.pretraining]
+        if any(gain is not None and gain <= USES_CONTEXT for gain in gains):
+            notes.append(f"{arm}: a run of it uses no context yet, and where none is used all "
+                         "strategies are alike: train for more --steps")
     return notes
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import masking as M
-from data.runs import WITHOUT_CONTEXT
+from data.results.exit import WITHOUT_CONTEXT
 from data.tokenizer import MASK, N_SPECIAL
 from data.vocabulary import VocabularyMean
 from tests.helpers import T, V, rows_of, small_model

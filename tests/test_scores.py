@@ -98,10 +98,10 @@ def entry(task, score, seed=0, recipe=None, data="d", correct="", **changes):
             "shared": [0] * len(TASKS[task].dev), "correct": correct or "10", **HERE, **changes}
 
 
-def fake_run(arm, seed, scores, start=HERE, shape=Shape(600), entries=(), margin=1.0, flops=100,
+def fake_run(arm, seed, scores, start=HERE, shape=Shape(600), entries=(), gain=1.0, flops=100,
              **experiment):
     """A run with {task: score}, or with these entries."""
-    made = Pretraining({**EXPERIMENT, **experiment}, start, 1000, flops, 0, 10.0, margin)
+    made = Pretraining({**EXPERIMENT, **experiment}, start, 1000, flops, 0, 10.0, gain)
     entries = list(entries) or [entry(task, score) for task, score in scores.items()]
     return Model(arm, seed, Path(f"runs/{arm}-{seed}"), "m", shape, TOKENIZER, made, entries)
 
@@ -286,13 +286,12 @@ def test_scores_that_are_missing_or_of_other_rows():
                               "random: scored for fewer than its 2 seeds: CoLA 1"]
 
 
-def test_an_arm_on_the_plateau_is_named():
-    notes = table_of(fake_run("random", 0, ALL, margin=0.7),
-                     fake_run("self", 0, ALL, margin=0.3, masking="self"),
-                     fake_run("slow", 0, ALL, margin=-1.2))["notes"]
-    assert [note.partition(": its held-out loss does not show")[0] for note in notes] == [
+def test_an_arm_that_uses_no_context_is_named():
+    notes = table_of(fake_run("random", 0, ALL, gain=0.26), fake_run("random", 1, ALL, gain=None),
+                     fake_run("self", 0, ALL, gain=0.25, masking="self"),
+                     fake_run("slow", 0, ALL), fake_run("slow", 1, ALL, gain=0.0))["notes"]
+    assert [note.partition(": a run of it uses no context yet")[0] for note in notes] == [
         "self", "slow"]
-    assert "-0.30 nats from 0.9 of the unigram" in notes[0] and "+1.20 nats" in notes[1]
 
 
 # --------------------------------------------------------------------------------------------------

@@ -21,9 +21,13 @@ from data.confidence import paired
 from data.files import run_script, write_atomic
 from data.plot import draw_curves
 from data.results.differences import draw_differences
-from data.runs import WITHOUT_CONTEXT, read_config, read_log
+from data.runs import read_config, read_log
 
 HERE = Path(__file__).parent
+# The share of the unigram entropy below which a loss takes context. A tenth of the tokens to
+# predict is shown as it is: a model that copies those is below the entropy, but it still has all of
+# it at [MASK] (0.8 of them) and where another token stands (0.1).
+WITHOUT_CONTEXT = 0.9
 MARGIN = 0.1  # nats below what a model without context can reach (plan.md, first part)
 LEVEL, ROW = 0.25, 4  # nats of context gain, in so many successive evaluations (second part)
 WHERE = ("machine", "dtype", "torch")  # in these, two runs that are compared must agree
