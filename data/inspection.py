@@ -9,7 +9,6 @@ forward per token. Entropies are in nats.
 """
 
 import os
-import sys
 from dataclasses import replace
 from html import escape
 from pathlib import Path
@@ -201,59 +200,43 @@ def explain(model, tokenizer, text, strategies, rate, seed):
     return rows
 
 
-def numbers(row):
-    return ["" if H is None else f"{H:.1f}" for H in row["H"].values()]
+def cells(row):
+    """What is shown of a token: its entropies, a mark for each strategy that masks it, and the best
+    guesses where one does."""
+    masked = row["masked"].values()
+    guesses = ", ".join(f"{guess} {p:.0%}" for guess, p in row["guesses"])
+    return [*("" if H is None else f"{H:.1f}" for H in row["H"].values()),
+            *("●" * is_masked for is_masked in masked), guesses * any(masked)]
 
 
-def print_rows(rows, most, colour):
-    """Print the heat map of a sentence, then a line per token. `most`: nats of the hottest colour;
-    colour: with the terminal's colours."""
-
-    def heat(text, H):
-        cold, hot = (255, 247, 236), (239, 101, 72)  # readable under black text
-        r, g, b = (round(c + (h - c) * H / most) for c, h in zip(cold, hot))
-        return f"\033[48;2;{r};{g};{b};30m{text}\033[0m" if colour else text
-
-    line = ""
+def print_rows(rows):
+    """Print a line per token."""
+    names = [*rows[0]["H"], *rows[0]["masked"]]
+    print(f"\n{'token':16}", *names, " best guesses")
     for row in rows:
-        text = heat(row["piece"].replace("▁", ""), row["H"]["alone"])
-        line += " " * row["piece"].startswith("▁")
-        line += text if colour else f"{text}[{row['H']['alone']:.1f}]"
-    names, entropies = list(rows[0]["masked"]), list(rows[0]["H"])
-    print(f"\n{line.lstrip()}\n\n{'token':16} {'  '.join(entropies)}  {' '.join(names)}  ",
-          "best guesses")
-    for row in rows:
-        marks = " ".join(("#" if row["masked"][name] else ".").center(len(name)) for name in names)
-        guesses = ", ".join(f"{guess} {p:.0%}" for guess, p in row["guesses"])
-        values = "".join(f"{number:>{len(name) + 2}}"
-                         for name, number in zip(entropies, numbers(row)))
-        print(heat(row["piece"].replace("▁", " ")[:16].ljust(16), row["H"]["alone"])
-              + values[1:] + " ", marks, "",
-              guesses * any(row["masked"].values()))
+        *short, guesses = cells(row)
+        print(row["piece"].replace("▁", " ")[:16].ljust(16),
+              *(cell.center(len(name)) for cell, name in zip(short, names)), "", guesses)
 
 
-def html_page(rows, title, most):
-    """The same as one self-contained page, made from data/inspection.html."""
+def html_page(rows, title):
+    """The same as one self-contained page with a heat map, made from data/inspection.html."""
     sentence = body = ""
+    most = max(1.0, np.ceil(max(row["H"]["alone"] for row in rows)))  # nats of the hottest colour
     for row in rows:
         H = row["H"]["alone"]
         tip = f"{H:.1f} nats: " + ", ".join(f"{g} {p:.0%}" for g, p in row["guesses"])
         span = (f'<span class="t" style="--h:{H / most:.3f}" title="{escape(tip)}">'
                 f'{escape(row["piece"].replace("▁", ""))}</span>')
-        if row["piece"].startswith("▁"):
-            span = f" {span}"
-        guesses = ", ".join(f"{escape(g)} <i>{p:.0%}</i>" for g, p in row["guesses"])
-        cells = [f'<td class="n">{number}</td>' for number in numbers(row)]
-        cells += [f'<td class="m">{"●" * masked}</td>' for masked in row["masked"].values()]
-        cells += [f"<td>{guesses * any(row['masked'].values())}</td>"]
+        span = " " * row["piece"].startswith("▁") + span
         sentence += span
-        body += f"<tr><td>{span}</td>{''.join(cells)}</tr>\n"
+        others = "".join(f"<td>{escape(cell)}</td>" for cell in cells(row))
+        body += f"<tr><td>{span}</td>{others}</tr>\n"
     template = Template(Path(__file__).with_suffix(".html").read_text(encoding="utf-8"))
     return template.substitute(
         title=escape(title), k=sum(row["masked"]["random"] for row in rows), n=len(rows),
         most=f"{most:.0f}", body=body, sentence=sentence,
-        head="".join(f'<th class="n">{name}</th>' for name in rows[0]["H"])
-        + "".join(f"<th>{name}</th>" for name in rows[0]["masked"]))
+        head="".join(f"<th>{name}</th>" for name in (*rows[0]["H"], *rows[0]["masked"])))
 
 
 def main():
@@ -273,18 +256,17 @@ def main():
     model, tokenizer = load(run)
     rows = explain(model, tokenizer, args.sentence[0], strategies_of(model), args.mask_rate,
                    args.seed)
-    most = max(1.0, np.ceil(max(row["H"]["alone"] for row in rows)))
     if args.html:
         page = Path(args.html).expanduser()
         if page.exists() and not (
                 page.is_file() and b"made by data.inspection" in page.read_bytes()[:300]):
             raise UserError(f"{page} exists and is not a page of this program: name another")
-        write_atomic(page, html_page(rows, run, most).encode(errors="replace"))
+        write_atomic(page, html_page(rows, run).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
           "as are masked, all masked at once (high to mix choose by it); the unmasked text.\n"
-          "# says that a strategy masks the token; guesses stand where one does.")
-    print_rows(rows, most, sys.stdout.isatty() and not os.environ.get("NO_COLOR"))
+          "● says that a strategy masks the token; guesses stand where one does.")
+    print_rows(rows)
 
 
 if __name__ == "__main__":
