@@ -204,7 +204,6 @@ def load(folder, seq_len, max_tokens=0, whole=False):
     """Open a cache folder -> Text. `max_tokens` > 0 uses only the first so many training tokens;
     with `whole` all of the text is held out, for a run that has read nothing of it. UserError on
     damage."""
-    folder = Path(folder)
     try:
         meta = read_json(folder / "meta.json")
         about = meta.get("about", "an older cache")

@@ -7,7 +7,6 @@ checksum; until then it is NAME.part, which the next try continues.
 import http.client
 import os
 import urllib.request
-from pathlib import Path
 
 from data.files import UserError, lock_folder, progress, sha256_file
 
@@ -38,7 +37,6 @@ def download(urls, size, sha256, target):
 
     urls: mirrors, tried in order. UserError, saying what to put where, if none of them gives it.
     """
-    target = Path(target)
     if is_whole(target, size, sha256):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -11,34 +11,28 @@ special tokens in a text are tokens there and mere text here.
 """
 
 import json
-from pathlib import Path
 
 import torch
 
-from data.files import UserError, write_atomic
+from data.files import UserError, write_atomic, write_json
 from data.tokenizer import INVISIBLE, N_SPECIAL, RESERVED
 
 
 def export(model, tokenizer, folder):
     """Write the four files -> the name of the class that opens them. UserError for a folder that is
     there already: nothing is overwritten."""
-    folder = Path(folder)
     if folder.exists():
         raise UserError(f"{folder} exists: give another folder to --export")
     folder.mkdir(parents=True)
-
-    def write(name, value):
-        write_atomic(folder / name, json.dumps(value).encode())
-
     config = make_config(model.shape)
     write_atomic(folder / "model.safetensors", safetensors(rename_weights(model)))
-    write("config.json", config)
-    write("tokenizer_config.json", {
+    write_json(folder / "config.json", config)
+    write_json(folder / "tokenizer_config.json", {
         "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": model.shape.seq_len,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "token_type_ids", "attention_mask"],
         **{f"{name}_token": f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}})
-    write("tokenizer.json", tokenizer_json(tokenizer))
+    write_json(folder / "tokenizer.json", tokenizer_json(tokenizer))
     return config["architectures"][0]
 
 

@@ -101,7 +101,6 @@ def write_atomic(path, data):
     Temporary file, flush to the disk, rename: the order matters, a rename that reaches the disk
     before the data does would leave an empty file behind a power cut.
     """
-    path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as f:
