@@ -20,11 +20,7 @@ class Pretraining:
 
     experiment: dict  # flag -> value; of a path what it stands for, see read_run
     start: dict  # what WHERE names, of all its starts: machine_of
-    tokens: int
-    flops: int
-    teacher_flops: int  # of the training of its teacher
-    seconds: float
-    context_gain: float | None  # nats, at its last evaluation
+    evaluations: list  # the lines of its log that have a held-out loss
 
 
 @dataclass
@@ -56,23 +52,18 @@ def read_run(path):
     if not evaluations:
         raise UserError(f"{path / 'log.jsonl'} has no evaluation yet")
     try:
-        flags, last = config["flags"], evaluations[-1]
+        flags = config["flags"]
         # A path says nothing: what is compared is the text, how much training is behind the teacher
         # and the weights that were begun with, and that the budget is another run's.
         stands_for = {
             "corpus": config["corpus_sha256"], "flops_of": bool(flags["flops_of"]),
             "teacher": flags["teacher"] and config["teacher_flops"],
             "init_from": flags["init_from"] and log[0]["flops"]}
-        names = config["experiment"]
+        experiment = {name: stands_for.get(name, flags.get(name))
+                      for name in sorted(config["experiment"])}
         return Model(
             path.absolute().name.removesuffix(f"-{flags['seed']}"), flags["seed"], path,
-            pretraining=Pretraining(
-                experiment={name: stands_for.get(name, flags.get(name)) for name in sorted(names)},
-                start=machine_of(*config["starts"]),
-                tokens=flags["steps"] * flags["batch_size"] * flags["seq_len"],
-                flops=config["flops"], teacher_flops=config["teacher_flops"],
-                seconds=last.get("seconds", 0.0),
-                context_gain=last.get("context_gain")))
+            pretraining=Pretraining(experiment, machine_of(*config["starts"]), evaluations))
     except (LookupError, TypeError, ValueError):
         raise UserError(f"{path}: config.json or log.jsonl is damaged, or of another version")
 

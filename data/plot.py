@@ -14,7 +14,7 @@ from pathlib import Path
 from data.arms import group_arms, read_run
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
-from data.runs import read_config, read_log
+from data.runs import read_config
 
 WIDTH, HEIGHT, TOP = 800, 420, 44
 LINE = 17  # height of a line of text
@@ -84,8 +84,7 @@ def curves(runs):
     UserError where losses cannot be compared."""
     losses, gains, tokenizers, unigram = {}, {}, set(), set()
     for arm, models in group_arms(map(read_run, runs)).items():
-        for run in (model.folder for model in models):
-            log = [line for line in read_log(run) if "val_loss" in line]
+        for run, log in ((model.folder, model.pretraining.evaluations) for model in models):
             if len(log) < 2:
                 raise UserError(f"{run} has no two evaluations yet, so no curve: train it further")
             for key, found in (("val_loss", losses), ("context_gain", gains)):

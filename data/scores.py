@@ -106,10 +106,9 @@ def make_row(models):
         what: {"mean": statistics.fmean(seeds.values()), "seeds": seeds,
                "sd": statistics.stdev(seeds.values()) if len(seeds) > 1 else None}
         for what, seeds in by_seed.items()}}
-    if made := [model.pretraining for model in models if model.pretraining]:
-        row |= {"flops": statistics.fmean(p.flops for p in made),
-                "flops_with_teacher": statistics.fmean(p.flops + p.teacher_flops for p in made),
-                "seconds": statistics.fmean(p.seconds for p in made)}
+    if ends := [model.pretraining.evaluations[-1] for model in models if model.pretraining]:
+        row |= {name: statistics.fmean(end.get(name, 0.0) for end in ends)
+                for name in ("flops", "flops_with_teacher", "seconds")}
     return row
 
 
@@ -230,7 +229,8 @@ def make_table(models, recipe, baseline):
         {**e, "parts": e["majority"], "score": statistics.fmean(e["majority"].values())}
         for e in examples.values()])
     runs = [model for model in models if model.pretraining]
-    shape, tokens = runs[0].shape, sorted({run.pretraining.tokens for run in runs})
+    shape = runs[0].shape
+    tokens = sorted({run.pretraining.evaluations[-1]["tokens"] for run in runs})
     return {
         "title": f"{shape.layers} layers of width {shape.width}, {shape.vocab_size} pieces, "
                  f"{' or '.join(f'{n / 1e6:.1f}' for n in tokens)} million tokens",
@@ -314,7 +314,8 @@ def notes_on_runs(arms, rows):
         if short:
             notes.append(f"{arm}: scored for fewer than its {len(members)} seeds: "
                          + ", ".join(short))
-        gains = [m.pretraining.context_gain for m in members if m.pretraining]
+        gains = [m.pretraining.evaluations[-1].get("context_gain")
+                 for m in members if m.pretraining]
         if any(gain is not None and gain <= USES_CONTEXT for gain in gains):
             notes.append(f"{arm}: a run of it uses no context yet, and where none is used all "
                          "strategies are alike: train for more --steps")

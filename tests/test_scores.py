@@ -101,7 +101,9 @@ def entry(task, score, seed=0, recipe=None, data="d", correct="", **changes):
 def fake_run(arm, seed, scores, start=HERE, shape=Shape(600), entries=(), gain=1.0, flops=100,
              **experiment):
     """A run with {task: score}, or with these entries."""
-    made = Pretraining({**EXPERIMENT, **experiment}, start, 1000, flops, 0, 10.0, gain)
+    end = {"tokens": 1000, "flops": flops, "flops_with_teacher": flops, "seconds": 10.0,
+           "context_gain": gain}
+    made = Pretraining({**EXPERIMENT, **experiment}, start, [end])
     entries = list(entries) or [entry(task, score) for task, score in scores.items()]
     return Model(arm, seed, Path(f"runs/{arm}-{seed}"), "m", shape, TOKENIZER, made, entries)
 
