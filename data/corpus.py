@@ -44,21 +44,18 @@ def sample_paragraphs(paths, corpus):
     Keeps every m-th document; when the sample outgrows its size, every second one is dropped and
     m doubles. So it is spread evenly over a corpus whose size is not known beforehand.
     """
-    documents = characters = kept_characters = 0
+    characters = kept_characters = 0
     stride, kept, parts = 1, [], Counter()
     with progress(desc="reading", unit=" characters") as bar:
-        for part, document in read_documents(paths, corpus, tests=True):
-            parts[part] += 1
-            if part == "test":
-                continue
+        for part, document in read_documents(paths, corpus):
             size = sum(map(len, document))
-            if documents % stride == 0 and part != "valid":
+            if parts.total() % stride == 0 and part != "valid":
                 kept.append(document)
                 kept_characters += size
                 if kept_characters > TOKENIZER_SAMPLE and len(kept) > 1:
                     kept, stride = kept[::2], stride * 2
                     kept_characters = sum(len(p) for d in kept for p in d)
-            documents += 1
+            parts[part] += 1
             characters += size
             bar.update(size)
     return parts, characters, list(chain.from_iterable(kept))
@@ -79,7 +76,7 @@ def batches(documents):
 def encode_documents(paths, corpus, tokenizer, parts, characters, folder, threads):
     """Pass 2: encode everything into train.bin and valid.bin -> the share of the held-out text
     that is in the training text, too, paragraph by paragraph."""
-    valid_every = min(VALID_EVERY, parts.total() - parts["test"])
+    valid_every = min(VALID_EVERY, parts.total())
     splits = ["train"] * valid_every
     if not parts["valid"]:  # else those are held out, and all others are to train on
         splits[valid_every // 2] = "valid"
@@ -115,12 +112,13 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
     """Learn the vocabulary, or take that of `tokenizer`, encode the text, and write all of a cache
     folder but its name."""
     parts, characters, sample = sample_paragraphs(paths, corpus)
-    documents = parts.total() - parts["test"]
-    if documents < 2 or not sample:
-        raise UserError(f"--corpus {corpus}: {documents} documents, {parts['valid']} held out and "
-                        f"{parts['test']} more left out by their files' names: too few to train on "
-                        "one and hold out another (one paragraph a line, a blank line between "
-                        "documents)")
+    documents = f"documents: {parts.total():,}"
+    if any(parts):
+        documents += f" ({parts['valid']:,} held out by their files' names, test files left out)"
+    if parts.total() < 2 or not sample:
+        raise UserError(f"--corpus {corpus}: {documents}, files named test left out: too few to "
+                        "train on one and hold out another (one paragraph a line, a blank line "
+                        "between documents)")
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     else:
@@ -128,12 +126,10 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
         train_tokenizer(sample, vocab_size, folder / "tokenizer.model")
     tokenizer = Tokenizer(folder / "tokenizer.model")
     seen = encode_documents(paths, corpus, tokenizer, parts, characters, folder, threads)
-    by_name = (f" ({parts['valid']:,} held out, {parts['test']:,} more left out, by their files' "
-               "names)") if parts["valid"] or parts["test"] else ""
     write_json(folder / "meta.json", {
         "key": key, "sha256": {name: sha256_file(folder / name) for name in PARTS},
-        "about": f"files: {len(paths):,}, characters: {characters:,}, documents: {documents:,}"
-                 f"{by_name}; of the held-out text {seen:.1%} is in the training text, too"})
+        "about": f"files: {len(paths):,}, characters: {characters:,}, {documents}; of the held-out "
+                 f"text {seen:.1%} is in the training text, too"})
 
 
 def prepare(corpus, vocab_size, cache="data/cache", threads=0, tokenizer=None):

@@ -117,15 +117,15 @@ def open_texts(path):
             yield "", f
 
 
-def read_documents(paths, corpus="", tests=False):
+def read_documents(paths, corpus=""):
     """Yield (part, document): train, valid, or "" where we choose; and a list of paragraphs. Test
-    files are left out, but with `tests`."""
+    files are left out."""
     for path, part in zip(paths, parts_of(paths)):
         where = path
         try:
             for name, file in open_texts(path):
                 where, its_part = f"{path}, {name}," if name else path, part_of(name) or part
-                if its_part == "test" and not tests:
+                if its_part == "test":
                     continue
                 lines = check_lines(where, file)
                 if corpus in ("wikitext2", "wikitext103"):
