@@ -224,17 +224,8 @@ class Machine:
             dist.all_reduce(flag, op=dist.ReduceOp.MAX)
         return bool(flag)
 
-    def mean(self, x):
-        """The mean of a tensor over the processes."""
+    def sum(self, x):
+        """The sum of a tensor over the processes, in its place."""
         if WORLD > 1:
             dist.all_reduce(x)
-            x /= WORLD
         return x
-
-    def gather_rows(self, x):
-        """(n, ...) of this process -> (WORLD n, ...): those of all processes, in their order."""
-        if WORLD == 1:
-            return x
-        parts = [torch.empty_like(x) for _ in range(WORLD)]
-        dist.all_gather(parts, x)
-        return torch.cat(parts)

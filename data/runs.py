@@ -27,7 +27,7 @@ from data.files import (
     UserError, load_tensors, lock_folder, read_json, save_tensors, sha256_file, sha256_json,
     write_atomic, write_json,
 )
-from data.machine import RANK
+from data.machine import RANK, WORLD
 
 USES_CONTEXT = 0.25  # nats of context gain, as in the second part of data/results/plan.md
 CONFIG = {"flags": dict, "corpus_sha256": str, "tokenizer_sha256": str, "teacher_sha256": str,
@@ -143,7 +143,7 @@ class State:
         """Average the (loss, norm) of each update since the last log line over the processes.
         NotFinite, with the first bad step, where one is not a number."""
         if self.pending:
-            values = machine.mean(torch.stack(self.pending))  # (n, 2)
+            values = machine.sum(torch.stack(self.pending)) / WORLD  # (n, 2)
             self.pending = list(values)
             finite = values.isfinite().all(1)
             if not finite.all():

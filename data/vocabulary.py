@@ -58,10 +58,10 @@ class VocabularyMean:
         micro-batch is only about memory."""
         if not self.parts:
             return
-        items, numbers, weight = torch.cat([machine.gather_rows(p) for p in self.parts]).unbind(1)
+        items, numbers, weight = torch.cat(self.parts).unbind(1)
         items, self.parts = items.long(), []
-        n = torch.zeros_like(self.mean).index_add_(0, items, weight)
-        total = torch.zeros_like(self.mean).index_add_(0, items, weight * numbers)
+        n, total = (machine.sum(torch.zeros_like(self.mean).index_add_(0, items, x))
+                    for x in (weight, weight * numbers))
         self.seen += n
         # The mean of all values while they are few, then one that forgets.
         rate = (n / self.seen.clamp(1, self.WINDOW)).clamp_max(1)

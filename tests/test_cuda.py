@@ -73,7 +73,7 @@ def compare(device):
             mean = VocabularyMean(lambda logits, labels: M.entropies(logits), 0.0, 300,
                                   where)
             mean.see(y, torch.full_like(y, M.MASK), logits.flatten(0, 1))
-            mean.learn(Namespace(gather_rows=lambda x: x))
+            mean.learn(Namespace(sum=lambda x: x))
             taught = distillation_loss(logits.flatten(0, 1), logits.flatten(0, 1).roll(1, 0), 2.0)
             with torch.autocast(torch.device(where).type, torch.bfloat16):
                 half = F.cross_entropy(model(x, p).flatten(0, 1).float(), y)

@@ -138,7 +138,7 @@ def test_a_strategy_asks_its_own_model_about_its_candidates_and_random_masking_a
 
 class OneProcess:
     @staticmethod
-    def gather_rows(x):
+    def sum(x):
         return x
 
 
