@@ -25,9 +25,7 @@ from data.files import (
     UserError, lock_folder, progress, read_json, sha256_file, sha256_json, write_json,
 )
 from data.text import find_files, parts_of, read_documents
-from data.tokenizer import (
-    CLS, MASK, MAX_VOCAB, MIN_VOCAB, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer,
-)
+from data.tokenizer import CLS, MASK, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer
 
 FORMAT = 3  # raise it when the same text would give other tokens: caches are then built anew
 MIN_DOCUMENT = 16  # tokens; shorter ones share a [SEP], so that >= 16/17 of a block is maskable
@@ -132,15 +130,12 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
                  f"text {seen:.1%} is in the training text, too"})
 
 
-def prepare(corpus, vocab_size, cache="data/cache", threads=0, tokenizer=None):
+def prepare(corpus, vocab_size, cache, threads=1, tokenizer=None):
     """Return the cache folder of `corpus` (a path or a name), building it if it is not there.
 
-    threads: of sentencepiece, and processes for `docs`; 0: all cores. The result is the same.
+    threads: of sentencepiece, and processes for `docs`. The result is the same.
     tokenizer: a tokenizer.model to encode it with; else one of vocab_size pieces is learned.
     """
-    if not tokenizer and not MIN_VOCAB <= vocab_size <= MAX_VOCAB:
-        raise UserError(f"--vocab-size {vocab_size}: it must lie between {MIN_VOCAB} and "
-                        f"{MAX_VOCAB}, what uint16 holds")
     cache = Path(cache)
     cache.mkdir(parents=True, exist_ok=True)
     paths = find_files(corpus, cache, threads)

@@ -16,12 +16,11 @@ from pathlib import Path
 
 from data.files import lock_folder, progress, write_atomic
 from data.jobs import run_jobs
-from data.machine import cores
 
 PROSE_WORD = re.compile(r"[A-Za-z]+(['-][A-Za-z]+)*[.,;:!?)]*")
 
 
-def extract_docs(cache, threads=0):
+def extract_docs(cache, threads):
     """Write the prose as one text file in the folder `cache`; return its path.
 
     A source file is a document, and a paragraph that came before (compared by its letters alone) is
@@ -42,7 +41,7 @@ def extract_docs(cache, threads=0):
                  if p.is_file()  # and not a link to nothing, such as an editor's lock
                  and (root != stdlib or not {"site-packages", "dist-packages"} & set(p.parts))]
         parts = [files[i:i + 100] for i in range(0, len(files), 100)]
-        processes = (threads or cores()) if sys.platform == "linux" else 1  # else no fork is safe
+        processes = threads if sys.platform == "linux" else 1  # else no fork is safe
         found, seen, documents = {}, set(), []
         with progress(total=len(files), unit=" files", desc="reading documentation strings") as bar:
             for part, values in run_jobs(read_files, parts, processes):

@@ -18,6 +18,8 @@ RANGES = {
     "from 0 to below 1": lambda v: 0 <= v < 1,
     "above 0 and at most 1": lambda v: 0 < v <= 1,
     "from 16 to 65536": lambda v: 16 <= v <= 65536,  # model.py reads no longer rows
+    # 5 special tokens, 256 bytes and an alphabet; and what uint16 holds
+    "from 300 to 65536": lambda v: 300 <= v <= 65536,
     "from 0 to 1024": lambda v: 0 <= v <= 1024,  # torch crashes at some number beyond
     "below 2^63": lambda v: 0 <= v < 2**63,
 }

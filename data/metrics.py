@@ -61,15 +61,6 @@ def measure(task, outputs, devs):
     return dict(zip(task.parts, values, strict=True))
 
 
-def correct_rows(task, outputs, devs):
-    """Which rows of the first development set are classified correctly: "0" or "1" for each, in
-    their order. "" for a task that is no part of the primary endpoint: nobody asks."""
-    if not task.primary:
-        return ""
-    correct = outputs[0].argmax(1) == torch.tensor(devs[0].labels)
-    return "".join("01"[x] for x in correct.tolist())
-
-
 def majority_class(task, labels, devs):
     """The metrics of always predicting the commonest label of the training rows."""
     constant = torch.zeros(task.outputs)
@@ -83,10 +74,12 @@ def measured(task, outputs, data):
     data: (training Rows, [development Rows], sha256 of the files)."""
     train, devs, sha256 = data
     parts = measure(task, outputs, devs)
+    # Which rows of the first set are right; of the primary endpoint alone, nobody asks for others.
+    right = (outputs[0].argmax(1) == torch.tensor(devs[0].labels)).tolist() if task.primary else ()
     return {
         "score": sum(parts.values()) / len(parts), "parts": parts,
         "majority": majority_class(task, train.labels, devs),
-        "correct": correct_rows(task, outputs, devs), "data": sha256, "trained_on": len(train),
+        "correct": "".join("01"[x] for x in right), "data": sha256, "trained_on": len(train),
         "rows": [part.in_file for part in (train, *devs)],
         "official": [part.official for part in (train, *devs)],
         "shared": [dev.shared for dev in devs]}

@@ -18,12 +18,9 @@ from pathlib import Path
 import sentencepiece
 
 from data.files import UserError, sha256_file, write_atomic
-from data.machine import cores
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 N_SPECIAL = 5  # ordinary tokens are the ids from here on
-MIN_VOCAB = 300  # 5 special tokens, 256 byte pieces, and an alphabet
-MAX_VOCAB = 65536  # token ids are stored as uint16
 PRINTABLE = set(string.digits + string.ascii_letters + string.punctuation)
 
 # Control characters, and what Unicode calls default ignorable: soft hyphens, zero-width characters,
@@ -71,15 +68,14 @@ class Tokenizer:
                 self.pieces[i] = chr(int(piece[1:-1], 16))
 
     def encode(self, text, threads=1):
-        """A string -> list of ids; a list of strings -> list of lists, with so many threads (0: as
-        many as cores)."""
+        """A string -> list of ids; a list of strings -> list of lists, with so many threads."""
         if isinstance(text, str):
             return self.encode([text])[0]
         # No piece reaches over a space: each word is encoded once, however often it is there. That
         # gives the ids of whole texts in two thirds of the time.
         texts = [normalize(" " + t).split() for t in text]
         words = list(set(chain.from_iterable(texts)))
-        encoded = self.sp.encode([" " + word for word in words], num_threads=threads or cores())
+        encoded = self.sp.encode([" " + word for word in words], num_threads=threads)
         ids = dict(zip(words, encoded))
         return [list(chain.from_iterable(map(ids.__getitem__, t))) for t in texts]
 

@@ -2,7 +2,6 @@
 
 import hashlib
 import math
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,12 +234,12 @@ def test_metrics_by_hand():
 
 
 def test_which_rows_are_correct_and_what_the_majority_scores():
-    sst2, dev = G.TASKS["SST-2"], SimpleNamespace(labels=[1, 0, 0, 1, 1])
+    sst2, stsb, dev = G.TASKS["SST-2"], G.TASKS["STS-B"], G.Rows([], [1, 0, 0, 1, 1], 5)
     outputs = torch.tensor([[0., 1], [0, 1], [1, 0], [0, 1], [1, 0]])  # predictions 1, 1, 0, 1, 0
-    assert m.correct_rows(sst2, [outputs], [dev]) == "10110"
-    assert m.correct_rows(sst2, [-outputs], [dev]) == "01001"
-    assert m.correct_rows(G.TASKS["STS-B"], [outputs[:, :1]], [dev]) == ""
-    dev = G.Rows([], [1, 0, 0, 1, 1], 5)
+    data = dev, [dev], "the files' hash"
+    assert m.measured(sst2, [outputs], data)["correct"] == "10110"
+    assert m.measured(sst2, [-outputs], data)["correct"] == "01001"
+    assert m.measured(stsb, [outputs[:, :1]], data)["correct"] == ""
     assert m.majority_class(sst2, [0, 1, 1], [dev]) == {"accuracy": 60}
     assert m.majority_class(G.TASKS["MRPC"], [0, 0, 1], [dev]) == {"accuracy": 40, "f1": 0}
 

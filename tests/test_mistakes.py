@@ -27,7 +27,7 @@ train.py --score-input context --pool 0; train.py --score-input context --select
 train.py --masking entropy --teacher nowhere -> not a finished run
 train.py --masking entropy --vocab-size 560 --teacher RUN -> has another tokenizer
 train.py --masking random --select low; train.py --static; train.py --masking random --init-frac 0.1
-train.py --masking random --pool 3; train.py --vocab-size 10; train.py --vocab-size 70000
+train.py --masking random --pool 3; train.py --vocab-size 299; train.py --vocab-size 65537
 train.py --width 100; train.py --layers -1; train.py --size huge; train.py --micro-batch 3
 train.py --preset lap; train.py --score-input type; train.py --init-from nowhere
 train.py --width 128 --init-from RUN -> --init-from needs a run of the same
