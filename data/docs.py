@@ -4,7 +4,6 @@ a first run needs no network. Nothing is imported or run: sources are only parse
 
 import ast
 import gc
-import hashlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -43,23 +42,18 @@ def extract_docs(cache, threads):
         parts = [files[i:i + 100] for i in range(0, len(files), 100)]
         processes = threads if sys.platform == "linux" else 1  # else no fork is safe
         found, seen, documents = {}, set(), []
+        gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
         with progress(total=len(files), unit=" files", desc="reading documentation strings") as bar:
-            for part, values in run_jobs(read_files, parts, processes):
+            for part, values in run_jobs(lambda paths: [*map(read_prose, paths)], parts, processes):
                 found |= zip(part, values)
                 bar.update(len(part))
+        gc.enable()
         for path in files:
             new = [p for letters, p in found[path] if not (letters in seen or seen.add(letters))]
             if new:
                 documents.append("\n".join(new))
         write_atomic(target, "\n\n".join(documents).encode() + b"\n")
     return target
-
-
-def read_files(paths):
-    gc.disable()  # a syntax tree is many objects and no cycles: 33 s of work instead of 46
-    found = [read_prose(path) for path in paths]
-    gc.enable()
-    return found
 
 
 def read_prose(path):
@@ -83,5 +77,5 @@ def read_prose(path):
                 if len(words) >= 8 and prose >= 0.75 * len(words):
                     paragraph = " ".join(words).encode("utf-8", "replace").decode()
                     letters = re.sub(r"[\W\d_]+", "", paragraph.lower())
-                    found.append((hashlib.md5(letters.encode()).digest(), paragraph))
+                    found.append((hash(letters), paragraph))  # forks hash alike
     return found
