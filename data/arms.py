@@ -45,12 +45,10 @@ def read_run(path):
     """A run folder, finished or not -> a Model, of which the weights are not read. UserError where
     a file is missing or damaged."""
     path = Path(path)
-    if not (path / "log.jsonl").exists():
-        raise UserError(f"{path} has no log.jsonl: a run is its whole folder")
     config, log = read_config(path), read_log(path)
     evaluations = [line for line in log if "val_loss" in line]
     if not evaluations:
-        raise UserError(f"{path / 'log.jsonl'} has no evaluation yet")
+        raise UserError(f"{path} has no log.jsonl with an evaluation: a run is its whole folder")
     try:
         flags = config["flags"]
         # A path says nothing: what is compared is the text, how much training is behind the teacher

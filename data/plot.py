@@ -153,9 +153,8 @@ def panel(arms, levels, title, label, unit, names, inside="inside"):
                  text(left - 8, at(first, y)[1], f"{y:g}", "soft", "end")]
     for x in ticks(first / unit, last / unit):
         body.append(text(at(x * unit, low)[0], bottom + 14, f"{x:g}", "soft", "middle"))
-    for y, opacity in zip(levels.values(), (1, 0.5)):
-        body.append(line([at(first, y), at(last, y)], "soft", 1.5,
-                         f'stroke-dasharray="5 4" opacity="{opacity}"'))
+    for y in levels.values():
+        body.append(line([at(first, y), at(last, y)], "soft", 1.5, 'stroke-dasharray="5 4"'))
     for arm, runs in arms.items():
         style = f'clip-path="url(#{inside})"'
         if not means[arm] or len(runs) > 1 and len(arms) <= ARM_COLOURS // 2:  # more: a tangle

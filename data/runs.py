@@ -191,8 +191,7 @@ class Run:
         path.mkdir(parents=True, exist_ok=True)
         self.lock = lock_folder(path)  # until this process ends
         if not earlier:
-            if (path / "config.json").exists():
-                raise UserError(f"{path} was begun by another process just now")
+            check_new(path)  # once more: another process may have begun it meanwhile
             write_atomic(path / "tokenizer.model", job.text.tokenizer_path.read_bytes())
             write_json(path / "config.json", self.config)  # last: a folder that has it is a run
             return

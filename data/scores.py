@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.arms import SAME, Model, differing, group_arms
+from data.arms import SAME, WHERE, Model, differing, group_arms
 from data.confidence import paired
 from data.files import UserError, read_json, write_json
 from data.runs import USES_CONTEXT
@@ -38,8 +38,7 @@ PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
 
 SCORE = {"task": str, "seed": int, "recipe": dict, "data": str, "model": str, "score": float,
          "parts": dict, "majority": dict, "correct": str, "trained_on": int, "rows": list,
-         "official": list, "shared": list, "machine": str, "device": str, "dtype": str,
-         "torch": str}
+         "official": list, "shared": list, **dict.fromkeys(WHERE, str)}
 
 
 def is_score(entry):
@@ -301,12 +300,8 @@ def notes_on_rows(examples):
 
 
 def notes_on_runs(arms, rows):
-    """Which arms lack seeds, or use no context yet; and whether one processor made all."""
-    notes, of_all = [], [m for members in arms.values() for m in members]
-    machines = {e["machine"] for m in of_all for e in m.scores} | {
-        m.pretraining.start["machine"] for m in of_all if m.pretraining}
-    if len(machines) > 1:
-        notes.append(f"not all was made by one processor: {', '.join(sorted(machines))}")
+    """Which arms lack seeds, or use no context yet."""
+    notes = []
     for arm, members in arms.items():
         of = rows[arm]["scores"]
         short = [f"{task} {len(of[task]['seeds'])}" for task in TASKS
