@@ -80,21 +80,21 @@ def run_jobs(function, jobs, processes, folder_of=lambda job: None):
     The folder of a job is held as long as one of its jobs runs, and until the last value of it was
     taken. A folder that another command holds is passed over and come back to. None: no folder.
     """
-    todo, running, locks, told = list(jobs), {}, {}, False
+    todo, running, locks = list(jobs), {}, {}
 
-    def hold(job):
+    def hold(job, wait=False):
         folder = folder_of(job)
-        try:
-            if folder:
-                locks[folder] = locks.get(folder) or lock_folder(folder)
-        except UserError:  # in use
-            return False
-        return True
+        with contextlib.suppress(UserError):  # in use
+            if folder and folder not in locks:
+                locks[folder] = lock_folder(folder, wait and f"it works in {folder}, too")
+            return True
 
     try:
         while todo or running:
             room = len(running) < processes
             job = next(filter(hold, todo), None) if room else None
+            if job is None and not running and hold(todo[0], wait=True):
+                job = todo[0]
             if job is not None:
                 todo.remove(job)
                 if processes > 1:
@@ -103,10 +103,6 @@ def run_jobs(function, jobs, processes, folder_of=lambda job: None):
                     continue
                 yield job, function(job)
             else:
-                if not (running or told):
-                    told = True
-                    print(f"waiting for another process: it works in {folder_of(todo[0])}, too",
-                          file=sys.stderr)
                 for pipe in wait(running, RETRY if room and todo else None):
                     process, job = running.pop(pipe)
                     yield job, value_of(pipe, process)
