@@ -465,8 +465,8 @@ FLAGS = {
     ],
     "Data": [
         ("corpus", "docs", "path", "docs: the English in your Python, torch and numpy; wikitext2, "
-         "wikitext103, bookcorpus: downloaded; or a text file (plain, .gz, .xz, .bz2, .zip, .tar) "
-         "or a folder of them, a paragraph a line, a blank line between documents"),
+         "wikitext103: downloaded; or a text file (plain, .gz, .xz, .bz2, .zip, .tar) or a folder "
+         "of them, a paragraph a line, a blank line between documents"),
         ("corpus-tokens", 0, "0 or more", "use only the first so many training tokens; 0: all"),
         ("vocab-size", 8192, "from 300 to 65536", "pieces of the tokenizer that is learned from "
          "the corpus (with --init-from: the tokenizer of that run)"),

@@ -13,7 +13,7 @@ from data.files import UserError, lock_folder, progress, sha256_file
 TIMEOUT = 30  # seconds without a byte
 AGENT = "entropy-aware-masking/1.0"  # one mirror refuses Python's default user agent
 
-# Sizes and checksums as recorded by the Hugging Face datasets library (wikitext, bookcorpus).
+# Sizes and checksums as recorded by the Hugging Face datasets library.
 NAMED = {
     "wikitext2": dict(
         urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip",
@@ -24,11 +24,6 @@ NAMED = {
         urls=["https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
               "https://s3.amazonaws.com/research.metamind.io/wikitext/wikitext-103-raw-v1.zip"],
         size=191984949, sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794"),
-    "bookcorpus": dict(
-        urls=["https://storage.googleapis.com/huggingface-nlp/datasets/bookcorpus/"
-              "bookcorpus.tar.bz2"],
-        size=1179510242,
-        sha256="03a29333b2b35e98a375b6ad7d2f1651835655cd348fb89c864136bce69a964c"),
 }
 
 

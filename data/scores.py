@@ -165,11 +165,7 @@ def compare(arms, ours, theirs, what):
 
 def in_errors(c):
     """A difference as a multiple of its joint error."""
-    if c["difference"] == 0:
-        return 0.0
-    if c["joint_error"] == 0:
-        return math.copysign(math.inf, c["difference"])
-    return c["difference"] / c["joint_error"]
+    return c["difference"] / max(c["joint_error"], 1e-9)
 
 
 def does_pretraining_pay(arms, rows, baseline):

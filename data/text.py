@@ -127,12 +127,8 @@ def read_documents(paths, corpus=""):
                 where, its_part = f"{path}, {name}," if name else path, part_of(name) or part
                 if its_part == "test":
                     continue
-                lines = check_lines(where, file)
-                if corpus in ("wikitext2", "wikitext103"):
-                    documents = read_wikitext(lines)
-                else:
-                    documents = read_paragraphs(lines, tokenized=corpus == "bookcorpus")
-                for document in documents:
+                read = read_wikitext if corpus in NAMED else read_paragraphs
+                for document in read(check_lines(where, file)):
                     yield its_part, document
         except (EOFError, OSError, RuntimeError, lzma.LZMAError, zlib.error, zipfile.BadZipFile,
                 tarfile.TarError) as error:  # RuntimeError: a .zip with a password
@@ -165,12 +161,12 @@ def check_lines(where, file):
         number += line.endswith("\n")
 
 
-def read_paragraphs(lines, tokenized=False):
-    """Yield documents. BookCorpus is sentences without any boundary, so it is cut by size."""
+def read_paragraphs(lines):
+    """Yield documents. Text without any boundary is cut by size."""
     document, size = [], 0
     for line in chain(lines, [""]):
         if line:
-            document.append(undo_tokens(line) if tokenized else line)
+            document.append(line)
             size += len(line)
         if document and (not line or size > MAX_DOCUMENT):
             yield document

@@ -177,16 +177,16 @@ def test_wikitext_by_name(server, tmp_path, monkeypatch):
     assert [t for t in valid.tolist() if t > 4] == expected
 
 
-def test_bookcorpus_is_cut_by_size(tmp_path, monkeypatch):
+def test_text_without_blank_lines_is_cut_by_size(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "MAX_DOCUMENT", 500)
-    path, lines = tmp_path / "bookcorpus.tar.bz2", [f"sentence {i} , he said ." for i in range(200)]
+    path, lines = tmp_path / "books.tar.bz2", [f"sentence {i}, he said." for i in range(200)]
     path.write_bytes(packed_tar({
         "books_large_p1.txt": "\n".join(lines[:120] + [""]).encode(),
         "books_large_p2.txt": "\n".join(lines[120:]).encode()}, "w:bz2"))
-    documents = list(texts.read_documents([path], "bookcorpus"))
+    documents = list(texts.read_documents([path]))
     assert len(documents) > 5 and {split for split, _ in documents} == {""}
     together = sum((d for _, d in documents), [])
-    assert together == [f"sentence {i}, he said." for i in range(200)]
+    assert together == lines
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="tar.bz2.* cannot be read: Compressed file ended"):
-        list(texts.read_documents([path], "bookcorpus"))
+        list(texts.read_documents([path]))
