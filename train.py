@@ -615,7 +615,7 @@ def check_flags(args, given):
          "a CUDA graph writes over the gradients that --micro-batch sums: leave that flag out, or "
          "TORCHINDUCTOR_CUDAGRAPHS"),
         (candidates > corpus.maskable(args.seq_len), f"{candidates} candidates for masking are "
-         f"more than a row of {args.seq_len} tokens holds: lower --pool or --mask-rate"),
+         f"more than a row of {args.seq_len} tokens holds: lower --mask-rate, or a --pool above 2"),
     ):
         if wrong:
             raise UserError(message)

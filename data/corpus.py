@@ -217,7 +217,7 @@ def load(folder, seq_len, max_tokens=0, whole=False):
                             f"less than one block of {n}: give more text")
         blocks[name] = tokens[:len(tokens) // n * n].reshape(-1, n)
     tokenizer = Tokenizer(folder / "tokenizer.model")
-    about += f'; the training text begins "{tokenizer.decode(blocks["train"][0])[:60]}"'
+    about += f'; the text begins "{tokenizer.decode(blocks["train"][0])[:60]}"'
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for i in range(0, len(blocks["train"]), 1 << 16):  # in pieces: bincount makes int64 copies
         counts += np.bincount(blocks["train"][i:i + (1 << 16)].ravel(), minlength=len(counts))

@@ -57,10 +57,10 @@ def check_new(run):
     if (run / "config.json").exists():
         if not (run / "model.pt").exists():
             raise UserError(f"{run} is unfinished: continue it with  {resume_command(run)}")
-        name, _, seed = run.absolute().name.rpartition("-")
-        other = f"{name}-b-{seed}" if name and seed.isdigit() else f"{run.absolute().name}-b"
+        name, _, seed = str(run).rpartition("-")
+        other = f"{name}-b-{seed}" if name and seed.isdigit() else f"{run}-b"
         raise UserError(f"{run} is finished: to repeat it give another --seed, for another "
-                        f"experiment another --out, for example {shlex.quote(other)} beside it")
+                        f"experiment another --out, for example {shlex.quote(other)}")
     if run.exists() and not run.is_dir():
         raise UserError(f"{run} is a file: give another --out")
     # What is not ours may stay, such as a log of what is printed. A start that was killed before

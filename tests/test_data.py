@@ -291,7 +291,7 @@ def test_every_paragraph_is_encoded_once_and_documents_are_split_whole(prepared,
     characters = sum(len(p) for d in documents for p in d)
     assert text.about == (
         f"files: 1, characters: {characters:,}, documents: 120; of the held-out text 0.0% is in "
-        f'the training text, too; the training text begins "{normalize(documents[0][0])[:60]}"')
+        f'the training text, too; the text begins "{normalize(documents[0][0])[:60]}"')
 
 
 def test_batches_threads_and_memory_do_not_change_the_tokens(prepared, tmp_path, monkeypatch):
