@@ -10,7 +10,6 @@ Two things differ from the textbook:
    default: an initialisation that lets a small model leave the unigram plateau. `learned` is BERT
    as published. data/results/plateau.md has the measurements.
 
-    python model.py                                # the sizes, their parameters and FLOPs
     python model.py runs/self-0 --fill "The [MASK] returns a tensor."
     python model.py runs/self-0 --export FOLDER    # for Hugging Face transformers
 
@@ -314,31 +313,17 @@ def fill_mask(model, tokenizer, text, best=5):
             for row_ids, row_p in zip(top.indices.tolist(), top.values.tolist())]
 
 
-def print_sizes():
-    print("size     layers  width  parameters  MFLOP per token and training step (T 128, 15 %)")
-    for name, (layers, width) in SIZES.items():
-        shape = Shape(vocab_size=8192, layers=layers, width=width)
-        with torch.device("meta"):  # shapes without memory
-            parameters = sum(p.numel() for p in Bert(shape).parameters())
-        flops = 3 * forward_flops(shape, 128, 19) / 128
-        print(f"{name:8} {layers:6} {width:6} {parameters / 1e6:9.1f}M {flops / 1e6:12.1f}")
-    print("with the 8192 pieces of the default vocabulary; train.py --size NAME picks one")
-
-
 def main():
-    parser = flag_parser("python model.py [RUN] [FLAGS]", __doc__)
-    parser.add_argument("run", nargs="?", default="", help="a finished run; without one: the sizes")
+    parser = flag_parser("python model.py RUN [FLAGS]", __doc__)
+    parser.add_argument("run", metavar="RUN", help="a finished run")
     parser.add_argument("--fill", default="", metavar="TEXT", help="print the five best guesses "
                         "for every [MASK] in it")
     parser.add_argument("--export", default="", metavar="DIR", help="write a folder that "
                         "transformers opens: BertForMaskedLM, or RoFormerForMaskedLM with rotary "
                         "positions")
     args = parser.parse_args()
-    if bool(args.run) != bool(args.fill or args.export):
-        raise UserError("give a run folder and what to do with it:  python model.py RUN --fill "
-                        '"The [MASK] is open."  or  --export DIR')
-    if not args.run:
-        return print_sizes()
+    if not (args.fill or args.export):
+        raise UserError('say what to do with it:  --fill "The [MASK] is open."  or  --export DIR')
     model, tokenizer = load(Path(args.run).expanduser())
     for guesses in fill_mask(model, tokenizer, args.fill) if args.fill else ():
         print("  ".join(f"{piece.replace('▁', ' ').strip() or piece} {p:.3f}"

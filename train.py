@@ -473,7 +473,8 @@ FLAGS = {
         ("seq-len", 128, "from 16 to 65536", "tokens in a block, [CLS] and [SEP] included"),
     ],
     "Model": [
-        ("size", "tiny", tuple(SIZES), "layers and width, as python model.py lists them"),
+        ("size", "tiny", tuple(SIZES), "layers and width: " + ", ".join(
+            f"{name} {layers} of {width}" for name, (layers, width) in SIZES.items())),
         ("layers", 0, "0 or more", "overrides --size; 0: as the size says"),
         ("width", 0, "0 or more", "overrides --size, a multiple of 64; 0: as the size says"),
         ("positions", "rotary", ("rotary", "learned"), "learned is BERT as published"),

@@ -46,7 +46,7 @@ from data.tokenizer import MASK, N_SPECIAL
 from model import SIZES, Bert, Shape
 
 FLAGS = {"Bench": [
-    ("size", "mini", tuple(SIZES), "layers and width, as python model.py lists them"),
+    ("size", "mini", tuple(SIZES), "layers and width, as train.py --help lists them"),
     ("vocab-size", 8192, "above 0", "pieces"),
     ("batch-size", 16, "above 0", "rows of an update"),
     ("seq-len", 128, "from 16 to 65536", "tokens of a row, at most in fine-tuning"),

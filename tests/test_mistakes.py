@@ -58,8 +58,7 @@ data/inspection.py RUN abc --mask-rate 2; data/inspection.py RUN abc --seed -1
 data/inspection.py RUN abc --seed x
 data/inspection.py RUN abc --html / -> name another
 glue.py RUN --baseline self -> --baseline self: the arms are run
-model.py RUN -> give a run folder and what to do with it
-model.py --fill x -> give a run folder and what to do with it
+model.py RUN -> say what to do with it; model.py --fill x -> required: RUN
 model.py RUN --fill x -> there is no [MASK] in the text; model.py nowhere --fill [MASK] -> nowhere
 model.py RUN --exprt x -> unrecognized arguments: --exprt; data/plot.py nowhere -> nowhere
 """
