@@ -20,7 +20,6 @@ import json
 import math
 import os
 import shlex
-import signal
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -370,8 +369,8 @@ def train(args, job, run, state):
     with bar:
         while True:  # steps + 1 rounds, of which the last only reports and saves
             step = state.step
-            stopping = job.machine.any(bool(signals))
-            last = stopping or step == args.steps
+            stopped = job.machine.max(signals[0] if signals else 0)  # in any process
+            last = stopped or step == args.steps
             evaluating = step in (0, args.steps) or due(args.eval_every, step)
             reporting = step != state.logged and (evaluating or due(args.log_every, step))
             saving = last or (step != first and due(args.checkpoint_every, step))
@@ -389,9 +388,7 @@ def train(args, job, run, state):
             if saving:
                 run.save(job, state)
             if last:
-                if not stopping:
-                    return 0
-                return signals[0] if signals else signal.SIGTERM  # only another process had one
+                return stopped
             state.pending.append(update(args, job, step))
             state.flops += count_flops(args, job, [step])
             state.step += 1

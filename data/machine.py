@@ -134,7 +134,7 @@ class Machine:
         self.dtype = auto if args.dtype == "auto" else args.dtype
         if WORLD > 1:
             self.join()
-            if self.any(self.dtype == "float32"):  # one of several machines has no bfloat16
+            if self.max(self.dtype == "float32"):  # one of several machines has no bfloat16
                 self.dtype = "float32"
         self.name = processor(self.device)
         self.about = f"{self.name}, {self.threads} threads, {self.dtype}"
@@ -187,15 +187,15 @@ class Machine:
         """function() in process 0, then, when that is through, in the others -> its value. Where it
         fails in process 0, the others end without a word."""
         if RANK:
-            if self.any(False):
+            if self.max(False):
                 sys.exit(2)
             return function()
         try:
             value = function()
         except BaseException:
-            self.any(True)
+            self.max(True)
             raise
-        self.any(False)
+        self.max(False)
         return value
 
     def parallel(self, model):
@@ -217,12 +217,13 @@ class Machine:
                 self.ddp.require_backward_grad_sync = first + size == (RANK + 1) * share
             yield slice(first, first + size), size / share
 
-    def any(self, flag):
-        """Is it true in any process? All stop after the same step, or they would wait for ever."""
+    def max(self, number):
+        """The largest over the processes; of flags: is one true? All must do the same next, or they
+        would wait for each other for ever."""
         if WORLD > 1:
-            flag = torch.tensor(int(flag))
-            dist.all_reduce(flag, op=dist.ReduceOp.MAX)
-        return bool(flag)
+            number = torch.tensor(int(number))
+            dist.all_reduce(number, op=dist.ReduceOp.MAX)
+        return int(number)
 
     def sum(self, x):
         """The sum of a tensor over the processes, in its place."""
