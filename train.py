@@ -16,7 +16,6 @@ Every random draw is a function of (seed, step, row or micro-batch): on a CPU, w
 threads and flags and without --compile, a resumed run equals an uninterrupted one bit for bit.
 """
 
-import json
 import math
 import os
 import shlex
@@ -37,7 +36,7 @@ from data.inspection import diagnose, token_kinds
 from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
     NotFinite, Run, State, about_context, check_new, less_memory, open_earlier, read_config,
-    resume_command,
+    read_log, resume_command,
 )
 from data.tokenizer import N_SPECIAL
 from data.vocabulary import VocabularyMean
@@ -443,7 +442,7 @@ def main():
         weights = {name: w.cpu() for name, w in job.model.state_dict().items()}
         copy_token_type(weights)
         run.finish(job.model.shape, weights)
-        log = [json.loads(line) for line in state.log.splitlines()]
+        log = read_log(run.path)
         loss, H = log[-1]["val_loss"], text.unigram_entropy
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
               f"({loss - H:+.2f}); {about_context(log)}\nwhat each rule masks:  "
