@@ -572,9 +572,8 @@ def settle(args):
 
 
 def check_flags(args, given):
-    """Refuse flags that contradict each other. `given`: the names of those that the user typed;
-    None: the flags of an earlier run, whose --corpus, --teacher and --init-from may have moved."""
-    new, given = given is not None, given or set()
+    """Refuse flags that contradict each other. `given`: the names of those that the user typed for
+    a new run. An earlier one has its own flags, but its --teacher or --init-from may have moved."""
     asking, distilling = args.masking != "random", args.distill != "off"
     share, rest = divmod(args.batch_size, WORLD)
     candidates = masking.mask_count(max(args.mask_rate, args.mask_rate_end), args.seq_len)
@@ -616,13 +615,13 @@ def check_flags(args, given):
     ):
         if wrong:
             raise UserError(message)
-    for name in ("teacher", "init_from", *["flops_of"] * new):  # an earlier run has its --steps
+    for name in ("teacher", "init_from", *given & {"flops_of"}):  # an earlier run has its --steps
         run = getattr(args, name)
         if run and not (Path(run) / "model.pt").exists():
             flag = "--" + name.replace("_", "-")
             raise UserError(f"{flag} {run}: not a finished run folder (if it has moved, say where "
                             f"with {flag})")
-    if args.init_from and new:  # its tokenizer stays
+    if args.init_from:  # its tokenizer stays
         pieces = read_config(args.init_from)["flags"]["vocab_size"]
         if "vocab_size" in given and args.vocab_size != pieces:
             raise UserError(f"--vocab-size {args.vocab_size}: the tokenizer of --init-from "
@@ -655,7 +654,7 @@ def parse_args(argv=None):
         args, earlier = open_earlier(run, bool(evaluated), typed, DEFAULTS, MAY_CHANGE)
     check_ranges(args, FLAGS)
     if not evaluated:
-        check_flags(args, None if earlier else set(typed))
+        check_flags(args, set() if earlier else set(typed))
     args.cache = os.path.abspath(args.cache)  # a run may go on in another working directory
     if not earlier:
         check_new(Path(args.out))
