@@ -247,7 +247,11 @@ def optimise(model, forward, lengths, labels, recipe, seed):
     regression = labels.is_floating_point()
     if regression:  # correction 0: a single row has a deviation, too
         labels = (labels - labels.mean()) / labels.std(correction=0).clamp_min(1e-6)
-    optimizer = make_optimizer(model, recipe.lr, recipe.weight_decay, recipe.embedding_lr)
+    table = model.bert.token_embedding.weight  # a group of its own, with its own rate
+    optimizer = make_optimizer((p for p in model.parameters() if p is not table), recipe.lr,
+                               recipe.weight_decay)
+    optimizer.add_param_group({"params": [table], "lr": recipe.embedding_lr,
+                               "weight_decay": recipe.weight_decay})
     peaks = [group["lr"] for group in optimizer.param_groups]
     step, steps = 0, recipe.epochs * math.ceil(len(lengths) / recipe.batch_size)
     model.train()

@@ -143,16 +143,11 @@ def learning_rate(step, steps, peak, warmup_frac, decay_frac=1.0):
     return peak * min(1, (step + 1) / max(1, warmup), (steps - step) / decay)
 
 
-def make_optimizer(model, lr, weight_decay, embedding_lr=None):
-    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not. With
-    embedding_lr (glue.py) the token embeddings are a third group, which has that rate."""
-    embeddings = [p for name, p in model.named_parameters()
-                  if embedding_lr is not None and "token_embedding" in name]
-    rest = [p for p in model.parameters() if all(p is not e for e in embeddings)]
-    groups = [{"params": [p for p in rest if p.dim() >= 2], "weight_decay": weight_decay},
-              {"params": [p for p in rest if p.dim() < 2], "weight_decay": 0.0}]
-    if embeddings:
-        groups.append({"params": embeddings, "weight_decay": weight_decay, "lr": embedding_lr})
+def make_optimizer(parameters, lr, weight_decay):
+    """AdamW, in which matrices and embeddings decay; biases and LayerNorm, vectors, do not."""
+    parameters = list(parameters)
+    groups = [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": weight_decay},
+              {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(  # BERT's betas and eps
         groups, lr=lr, betas=(0.9, 0.999), eps=1e-6, fused=True)
 
@@ -326,7 +321,7 @@ def build(args, machine, text, valid):
         forward = machine.compile(forward)
     strategy, means = make_strategy(args, text, model, teacher)
     job = Job(machine, text, valid, model, forward, teacher,
-              make_optimizer(model, args.lr, args.weight_decay), strategy, means)
+              make_optimizer(model.parameters(), args.lr, args.weight_decay), strategy, means)
     return job, flops, teacher_flops
 
 

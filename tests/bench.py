@@ -148,7 +148,7 @@ def their_training(args, machine, head):
     """A step of transformers' BertForMaskedLM: "as it is", or "gathered"."""
     (layers, width), T, V = SIZES[args.size], args.seq_len, args.vocab_size
     model, gathered = their_model(args, "BertForMaskedLM").to(machine.device), head == "gathered"
-    optimizer = train.make_optimizer(model, 1e-3, 0.01)
+    optimizer = train.make_optimizer(model.parameters(), 1e-3, 0.01)
     if args.compile and gathered:
         model.bert = machine.compile(model.bert)
     elif args.compile:
@@ -179,7 +179,7 @@ def their_tuning(args, machine, task):
     which have rows of like length together."""
     rows, labels, lengths, flops = rows_to_tune(args, task)
     model = their_model(args, "BertForSequenceClassification").to(machine.device)
-    optimizer, labels = train.make_optimizer(model, 1e-3, 0.01), torch.tensor(labels)
+    optimizer, labels = train.make_optimizer(model.parameters(), 1e-3, 0.01), torch.tensor(labels)
 
     def epoch():
         for chosen in batches(lengths, args.batch_size, 0, 0):

@@ -64,7 +64,7 @@ def compare(device):
         for where in ("cpu", device):
             torch.manual_seed(0)
             model = Bert(shape).to(where)
-            optimizer = make_optimizer(model, 1e-3, 0.01)
+            optimizer = make_optimizer(model.parameters(), 1e-3, 0.01)
             t, x, p, y, a, s = (z.to(where) for z in (tokens, inputs, positions, labels, attend,
                                                       types))
             logits = model(x, p)
