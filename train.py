@@ -58,7 +58,7 @@ class Job:
     teacher: Bert | None
     optimizer: torch.optim.Optimizer
     strategy: masking.Strategy  # where to mask, after --init-frac
-    means: VocabularyMean | None  # --score-input vocabulary, error, context
+    means: VocabularyMean | None  # what it reads, with --score-input vocabulary, error, context
 
 
 def masks_per_row(args, step):
@@ -319,21 +319,22 @@ def build(args, machine, text, valid):
     forward = machine.parallel(model)
     if args.compile:
         forward = machine.compile(forward)
-    strategy, means = make_strategy(args, text, model, teacher)
+    strategy = make_strategy(args, text, model, teacher)
+    means = strategy.reads if isinstance(strategy.reads, VocabularyMean) else None
     job = Job(machine, text, valid, model, forward, teacher,
               make_optimizer(model.parameters(), args.lr, args.weight_decay), strategy, means)
     return job, flops, teacher_flops
 
 
 def make_strategy(args, text, model, teacher):
-    """-> (the masking.Strategy of the flags; the VocabularyMean that it reads, or None). A strategy
-    of your own may look at text.tokenizer.pieces, the vocabulary."""
+    """-> the masking.Strategy of the flags. One of your own may look at text.tokenizer.pieces, the
+    vocabulary."""
     select = masking.SELECT[args.select]
     if args.masking == "random":
-        return masking.Strategy(select=select), None
+        return masking.Strategy(select=select)
     if args.score_input in masking.READS:
         asked = teacher if args.masking == "entropy" else model
-        return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool), None
+        return masking.Strategy(asked, masking.READS[args.score_input], select, args.pool)
     V, device = model.shape.vocab_size, next(model.parameters()).device
     if args.score_input == "vocabulary":
         # An item that was not seen yet has ln V, the entropy of a model that knows nothing: it is
@@ -346,7 +347,7 @@ def make_strategy(args, text, model, teacher):
                                device, prior=1)
     else:
         means = VocabularyMean(None, 0.0, V, device, asks=masking.masked)
-    return masking.Strategy(means.asks and model, means, select, args.pool), means
+    return masking.Strategy(means.asks and model, means, select, args.pool)
 
 
 def due(every, step):

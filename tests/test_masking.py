@@ -167,9 +167,10 @@ def test_the_mean_of_a_vocabulary_item_is_a_running_mean():
 
 
 def of_flags(score_input, select):
-    """-> (Strategy, VocabularyMean) of self-masking with these flags."""
+    """-> (Strategy, the VocabularyMean that it reads) of self-masking with these flags."""
     args = Namespace(masking="self", score_input=score_input, select=select, pool=2)
-    return make_strategy(args, None, small_model(), None)
+    strategy = make_strategy(args, None, small_model(), None)
+    return strategy, strategy.reads
 
 
 def test_the_error_rate_of_an_item_is_a_mean_with_one_half_more():

@@ -183,7 +183,7 @@ def test_every_arm_differs_from_random_by_what_the_plan_says(arms):
 def test_steps_are_those_of_equal_flops(arm, other, arms):
     def prepare(arm):
         model = Namespace(shape=Shape(8192, 2, 128, 128), parameters=lambda: iter([torch.ones(1)]))
-        strategy, _ = train.make_strategy(arms[arm], None, model, None)
+        strategy = train.make_strategy(arms[arm], None, model, None)
         return arms[arm], Namespace(model=model, strategy=strategy)
 
     flops = train.count_flops(*prepare(other), range(arms[other].steps))

@@ -134,7 +134,7 @@ def test_flops_of_a_step_by_hand():
         args = Namespace(**{**train.DEFAULTS, "seq_len": 34, "batch_size": 8, "steps": 100,
                             "init_frac": 0.5, **changes})
         train.settle(args)
-        strategy, _ = train.make_strategy(args, None, model, model)
+        strategy = train.make_strategy(args, None, model, model)
         job = Namespace(model=model, teacher=model, strategy=strategy)
         return train.count_flops(args, job, [step]) / 8
 

@@ -21,6 +21,7 @@ from data.machine import Machine
 from data.metrics import spearman
 from data.runs import read_config
 from data.tokenizer import N_SPECIAL
+from data.vocabulary import VocabularyMean
 from masking import Strategy, draw, mask_count, unmasked
 from model import forward_flops, load
 from train import make_strategy
@@ -43,11 +44,11 @@ def own_strategy(run, tokenizer):
         raise UserError(f"{run} has another tokenizer than the reference")
     flags = Namespace(**config["flags"])
     teacher = load(flags.teacher)[0] if flags.teacher else None
-    strategy, means = make_strategy(flags, None, model, teacher)
-    if means:
+    strategy = make_strategy(flags, None, model, teacher)
+    if isinstance(strategy.reads, VocabularyMean):
         if not (Path(run) / "checkpoint.pt").exists():
             raise UserError(f"{run}: its means are in its checkpoint.pt, which is gone")
-        means.load_state(load_tensors(Path(run) / "checkpoint.pt")["means"])
+        strategy.reads.load_state(load_tensors(Path(run) / "checkpoint.pt")["means"])
     return strategy, model.shape
 
 
