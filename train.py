@@ -191,13 +191,14 @@ def mask_for_evaluation(tokens, vocab_size):
 
 
 @torch.inference_mode()
-def evaluate(model, tokens, machine):
+def evaluate(model, tokens, machine, counts=None):
     """How well a model predicts tokens (N, T) at 15 % random masks, the same every time -> a dict:
 
     val_loss      mean cross-entropy in nats
     val_accuracy  share of the masked tokens that it ranks first
     context_gain  nats by which the loss rises when the rest of each row is another row's: what the
                   model gains from context, 0 if it uses none. None where there is one row.
+    loss_by_frequency  the same loss by how frequent the token is: only with counts (V,)
 
     Leaves eval mode on.
     """
@@ -206,6 +207,7 @@ def evaluate(model, tokens, machine):
     # Half of all rows away: the neighbours of a row are of the same document, and on its topic.
     foreign = tokens.roll(len(tokens) // 2, 0).scatter(1, positions, inputs.gather(1, positions))
     loss = loss_without = right = 0
+    losses = []
 
     def predict(x, p):
         with machine.autocast():
@@ -215,28 +217,26 @@ def evaluate(model, tokens, machine):
         logits, y = predict(x, p), y.flatten()
         loss += F.cross_entropy(logits, y, reduction="sum").item()
         right += (logits.argmax(-1) == y).sum().item()
+        if counts is not None:
+            losses.append(F.cross_entropy(logits, y, reduction="none"))
         if len(tokens) > 1:
             loss_without += F.cross_entropy(predict(other, p), y, reduction="sum").item()
     n = labels.numel()
-    return {"val_loss": loss / n, "val_accuracy": right / n,
-            "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
+    found = {"val_loss": loss / n, "val_accuracy": right / n,
+             "context_gain": (loss_without - loss) / n if len(tokens) > 1 else None}
+    if counts is not None:
+        found["loss_by_frequency"] = by_frequency(torch.cat(losses), labels.flatten(), counts)
+    return found
 
 
-@torch.inference_mode()
-def loss_by_frequency(model, tokens, counts, machine):
-    """The loss of evaluate(), by how often an item is in the training text, counts (V,) ->
+def by_frequency(losses, labels, counts):
+    """Losses (n,) of these items (n,) by how often an item is in the training text, counts (V,) ->
     {which items: [their share of the masked tokens, their mean loss in nats]}."""
     counts = torch.as_tensor(counts)
     which = (counts < 1000).int() + (counts < 100).int() + 1  # (V,)
     ordinary = counts[N_SPECIAL:]
     which[N_SPECIAL + ordinary.argsort(descending=True, stable=True)[:100]] = 0
-    positions, inputs, labels = mask_for_evaluation(tokens, model.shape.vocab_size)
-    losses = []
-    for x, p, y in zip(*(t.split(64) for t in (inputs, positions, labels))):
-        with machine.autocast():
-            logits = model(x, p).flatten(0, 1).float()
-        losses.append(F.cross_entropy(logits, y.flatten(), reduction="none"))
-    losses, which = torch.cat(losses).double().cpu(), which[labels.flatten().cpu()]
+    losses, which = losses.double().cpu(), which[labels.cpu()]
     names = "100 most frequent", "1000 times or more", "100 times or more", "less often"
     return {name: [(which == i).double().mean().item(), losses[which == i].mean().item()]
             for i, name in enumerate(names) if (which == i).any()}
@@ -256,7 +256,8 @@ def report(args, job, state, teacher_flops, evaluating):
                  **state.stop_clock(args.batch_size * args.seq_len)}
     line |= {"flops": state.flops, "flops_with_teacher": state.flops + teacher_flops}
     if evaluating:
-        line |= evaluate(job.model, job.valid, job.machine)
+        line |= evaluate(job.model, job.valid, job.machine,
+                         job.text.counts if state.step == args.steps else None)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
         # What the strategy masks, some ten times a run; the dose, which takes a forward per token,
@@ -267,9 +268,6 @@ def report(args, job, state, teacher_flops, evaluating):
         with_dose = state.step in (half, args.steps)
         if with_dose or due(tenth, state.step):
             line["masked"] = describe_masks(args, job, state.step, with_dose)
-        if state.step == args.steps:
-            line["loss_by_frequency"] = loss_by_frequency(
-                job.model, job.valid, job.text.counts, job.machine)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
 

@@ -112,7 +112,7 @@ def test_the_loss_by_frequency_has_the_mean_that_the_log_has():
     bins = {"100 most frequent": range(5, 105), "1000 times or more": range(200, 300),
             "100 times or more": range(300, 350),
             "less often": [*range(105, 200), *range(350, 400)]}
-    found = train.loss_by_frequency(model, tokens, counts, machine)
+    found = train.evaluate(model, tokens, machine, counts)["loss_by_frequency"]
     positions, inputs, labels = train.mask_for_evaluation(tokens, 600)
     with torch.no_grad():
         losses = F.cross_entropy(model(inputs, positions).flatten(0, 1), labels.flatten(),
@@ -123,7 +123,7 @@ def test_the_loss_by_frequency_has_the_mean_that_the_log_has():
         assert found[name] == pytest.approx([len(of) / len(losses), np.mean(of)], abs=1e-4)
     mean = sum(share * loss for share, loss in found.values())
     assert mean == pytest.approx(train.evaluate(model, tokens, machine)["val_loss"], abs=1e-5)
-    few = train.loss_by_frequency(model, tokens, np.full(600, 50), machine)
+    few = train.evaluate(model, tokens, machine, np.full(600, 50))["loss_by_frequency"]
     assert list(few) == ["100 most frequent", "less often"]  # no bin without a token
 
 
