@@ -263,18 +263,7 @@ def test_a_damaged_file_is_read_or_refused_in_words(files, read, spoil, folder):
             path.write_bytes(whole)
 
 
-# ---- text and archives
-
-
-@pytest.mark.parametrize("old, new", [
-    ("\n", "\r"), ("the", "😀👩‍👩‍👧‍👦🇩🇪"), ("a", "שלום "), ("o", "o\u0301\u0323\u0300" * 5),
-    ("e", "\u00ade\u200b")],
-    ids=["CR", "emoji", "right to left", "combining marks", "soft hyphens"])
-def test_odd_text_is_text(old, new, tmp_path):
-    path = write_corpus(tmp_path / "text.txt", documents=300)
-    path.write_text(path.read_text().replace(old, new), newline="")
-    prepared = corpus.load(corpus.prepare(str(path), 900, tmp_path / "cache", 1), 34)
-    assert len(prepared.train) > 100
+# ---- archives
 
 
 def link_to(target):
