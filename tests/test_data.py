@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 from data import corpus as corpora
 from data import docs, files
@@ -589,15 +590,19 @@ def test_a_notebook_has_its_own_streams(monkeypatch):
     (UserError("two\nlines"), "error: two lines", 2),
     (FileNotFoundError(2, "No such file", "x.txt"), "error: x.txt: No such file", 2),
     (OSError(28, "No space left", "y"), "error: y: No space left; what is on disk is whole", 2),
-    (KeyboardInterrupt(), "\ninterrupted: nothing that was finished is lost", 130),
+    (KeyboardInterrupt(), "interrupted: nothing that was finished is lost", 130),
 ])
-def test_what_a_user_can_put_right_is_one_line(error, line, status, monkeypatch, capsys):
+def test_what_a_user_can_put_right_is_a_line_of_its_own_below_the_bar(
+        error, line, status, monkeypatch, capsys):
     def main():
+        bar = tqdm(total=3)
+        bar.update()
         raise error
 
     for name in ("stdout", "stderr"):
         monkeypatch.setattr(sys, name, getattr(sys, name))  # run_script wraps them
     with pytest.raises(SystemExit) as stop:
         files.run_script(main)
-    out = capsys.readouterr().err
-    assert stop.value.code == status and out.startswith(line) and out.strip().count("\n") == 0
+    bar, *lines = filter(None, capsys.readouterr().err.split("\n"))
+    assert stop.value.code == status and "/3" in bar
+    assert len(lines) == 1 and lines[0].startswith(line)

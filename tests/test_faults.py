@@ -26,11 +26,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from tqdm import tqdm
 
 import glue
 from data import corpus, runs, scores, tasks
-from data.files import UserError, load_tensors, read_json, run_script, save_tensors, write_json
+from data.files import UserError, load_tensors, read_json, save_tensors, write_json
 from data.text import read_documents
 from model import read_model
 from tests.helpers import (
@@ -293,14 +292,3 @@ def test_an_archive_writes_nowhere_else(pack, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"text.txt", "a"}
     assert {p.name for p in inner.iterdir()} == {"archive", "cache"}
     assert not [p for p in inner.rglob("*") if "evil" in p.name or p.is_symlink()]
-
-
-def test_an_error_is_a_line_of_its_own_below_the_bar(capsys):
-    def main():
-        bar = tqdm(total=3)
-        bar.update()
-        raise UserError("no room")
-
-    with pytest.raises(SystemExit):
-        run_script(main)
-    assert "error: no room" in capsys.readouterr().err.split("\n")
