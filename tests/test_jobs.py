@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,24 +64,6 @@ def test_what_a_job_raises_is_raised(processes, tmp_path):
 def test_a_process_that_is_killed_is_told(tmp_path):
     with pytest.raises(UserError, match="killed from outside.*fewer --jobs"):
         dict(J.run_jobs(lambda job: os.kill(os.getpid(), 9), ["a-1"], 2, folder_of(tmp_path)))
-
-
-def test_jobs_end_with_a_parent_that_is_killed(tmp_path):
-    def work(job):
-        (tmp_path / str(os.getpid())).touch()
-        time.sleep(60)
-
-    def is_running(pid):
-        stat = Path(f"/proc/{pid}/stat")
-        return stat.exists() and ") Z " not in stat.read_text()
-
-    parent = start(lambda: list(J.run_jobs(work, range(4), 2)))
-    wait_for(parent, lambda: len(list(tmp_path.iterdir())) == 2)
-    send(parent, signal.SIGKILL)
-    jobs, end = [path.name for path in tmp_path.iterdir()], time.time() + 10
-    while any(map(is_running, jobs)) and time.time() < end:
-        time.sleep(0.01)
-    assert len(jobs) == 2 and not any(map(is_running, jobs))
 
 
 def test_a_signal_within_a_fork_is_not_swallowed(tmp_path, monkeypatch):
