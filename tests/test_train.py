@@ -268,21 +268,6 @@ def test_arms_with_one_seed_share_weights_data_and_first_masks(folder, teacher, 
     assert what_was_logged(teacher) == what_was_logged(folder / "pair-a")  # and runs repeat
 
 
-def test_the_model_itself_as_teacher_is_self_masking(folder, teacher, monkeypatch):
-    """Where teacher and student are one, both strategies mask the same tokens."""
-    logs = []
-    for masking in ("entropy", "self"):
-        out, flags = f"same-{masking}", ["--masking", masking, "--select", "high", "--seed", "7",
-                                         "--score-input", "masked"]
-        flags += ["--teacher", teacher] if masking == "entropy" else ["--init-frac", "0"]
-        call(command(folder, out, *flags, "--init-from", teacher, "--steps", "1", "--log-every",
-                     "1"), monkeypatch)
-        logs.append(read_log(folder / out))
-    (a0, a1), (b0, b1) = logs
-    assert a0["masked"] == b0["masked"]
-    assert (a1["train_loss"], a1["grad_norm"]) == (b1["train_loss"], b1["grad_norm"])
-
-
 def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
     rates = set()
     for arm, flags in {**ARMS, "static": ["--masking", "entropy", "--static"], "mix": [],
