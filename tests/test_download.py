@@ -1,4 +1,4 @@
-"""Downloads from a local server that misbehaves, and the corpora that come as archives.
+"""Downloads from a local server that misbehaves, and a corpus that comes as an archive.
 
     python -m pytest tests/test_download.py -q
 """
@@ -16,7 +16,7 @@ from data import download as D
 from data import text as texts
 from data.files import UserError
 from data.tokenizer import Tokenizer
-from tests.helpers import packed_tar, packed_zip
+from tests.helpers import packed_zip
 
 DATA = bytes(range(256)) * 2000
 SHA = hashlib.sha256(DATA).hexdigest()
@@ -175,18 +175,3 @@ def test_wikitext_by_name(server, tmp_path, monkeypatch):
     valid = np.fromfile(folder / "valid.bin", np.uint16)
     expected = sum((tokenizer.encode(p) for s, d in documents if s == "valid" for p in d), [])
     assert [t for t in valid.tolist() if t > 4] == expected
-
-
-def test_text_without_blank_lines_is_cut_by_size(tmp_path, monkeypatch):
-    monkeypatch.setattr(texts, "MAX_DOCUMENT", 500)
-    path, lines = tmp_path / "books.tar.bz2", [f"sentence {i}, he said." for i in range(200)]
-    path.write_bytes(packed_tar({
-        "books_large_p1.txt": "\n".join(lines[:120] + [""]).encode(),
-        "books_large_p2.txt": "\n".join(lines[120:]).encode()}, "w:bz2"))
-    documents = list(texts.read_documents([path]))
-    assert len(documents) > 5 and {split for split, _ in documents} == {""}
-    together = sum((d for _, d in documents), [])
-    assert together == lines
-    path.write_bytes(path.read_bytes()[:-30])
-    with pytest.raises(UserError, match="tar.bz2.* cannot be read: Compressed file ended"):
-        list(texts.read_documents([path]))
