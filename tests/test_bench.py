@@ -3,7 +3,6 @@
 from argparse import Namespace
 
 import pytest
-import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -31,16 +30,6 @@ def test_our_cases_are_measured(name):
     speed, flops = bench.measure(name, ARGS, machine)
     _, peak = bench.measure("peak", ARGS, machine)
     assert speed > 1 and 0 < flops < peak
-
-
-@pytest.mark.parametrize("arm", bench.ARMS)
-def test_an_arm_asks_in_every_step_as_its_name_says(arm):
-    step, tokens, flops = bench.training(ARGS, Machine(ARGS), arm)
-    asked = 10 * (arm in ("self, masked", "self, unmasked"))  # a pool of twice the 5 masked
-    shape = Shape(500, 2, 128, 32)
-    assert tokens == 4 * 32 and torch.isfinite(step()).all()
-    assert flops == 4 * (3 * forward_flops(shape, 32, 5)
-                         + (forward_flops(shape, 32, asked) if asked else 0))
 
 
 def test_flops_of_others_are_ours_where_every_token_is_predicted():
