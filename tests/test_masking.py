@@ -9,7 +9,6 @@ import torch
 import masking as M
 from data.results.exit import WITHOUT_CONTEXT
 from data.tokenizer import MASK, N_SPECIAL
-from data.vocabulary import VocabularyMean
 from tests.helpers import T, V, rows_of, small_model
 from train import make_strategy, mask_for_evaluation
 
@@ -142,30 +141,6 @@ class OneProcess:
         return x
 
 
-def test_the_mean_of_a_vocabulary_item_is_a_running_mean():
-    mean = VocabularyMean(lambda logits, labels: M.entropies(logits), np.log(V), V)
-    assert mean(None, torch.tensor([[0, 9]]), torch.tensor([[1]])).item() == pytest.approx(
-        np.log(V))
-
-    def see(*items):
-        """(item, whether [MASK] was shown, its logits say n items are equally likely)"""
-        for item, shown, n in items:
-            logits = torch.full((1, V), -100.0)
-            logits[0, :n] = 0
-            mean.see(torch.tensor([item]), torch.tensor([MASK if shown else item]), logits)
-        mean.learn(OneProcess)
-
-    see((9, True, 10), (9, True, 100), (8, False, 50))
-    assert mean.mean[9].item() == pytest.approx((np.log(10) + np.log(100)) / 2, abs=1e-4)
-    assert mean.mean[8].item() == pytest.approx(np.log(V))  # not shown as [MASK]: does not count
-    see((9, True, 1000 // 10), (7, True, 2), (7, True, 2))
-    assert mean.mean[9].item() == pytest.approx(np.log(10 * 100 * 100) / 3, abs=1e-4)
-    assert mean.mean[7].item() == pytest.approx(np.log(2), abs=1e-4)
-    for _ in range(1000):  # and early ones are forgotten
-        see((9, True, 3))
-    assert mean.mean[9].item() == pytest.approx(np.log(3), abs=1e-3)
-
-
 def of_flags(score_input, select):
     """-> (Strategy, the VocabularyMean that it reads) of self-masking with these flags."""
     args = Namespace(masking="self", score_input=score_input, select=select, pool=2)
@@ -173,9 +148,12 @@ def of_flags(score_input, select):
     return strategy, strategy.reads
 
 
-def test_the_error_rate_of_an_item_is_a_mean_with_one_half_more():
+@pytest.mark.parametrize("score_input, unseen, prior", [
+    ("vocabulary", np.log(V), 0),  # the entropy of a prediction, with nothing added
+    ("error", 0.5, 1)])  # is it wrong? With one value more, of a half
+def test_what_an_item_has_is_a_mean_over_training_s_own_predictions(score_input, unseen, prior):
     """Against plain Python: 200 steps of predictions of three items, one seen in each of them."""
-    strategy, means = of_flags("error", "sample")
+    strategy, means = of_flags(score_input, "sample")
     assert strategy == M.Strategy(None, means, M.sample, 2)
     rng, mean, seen = np.random.default_rng(0), {7: 0.0, 8: 0.0, 9: 0.0}, {7: 0, 8: 0, 9: 0}
     for step in range(200):
@@ -184,20 +162,23 @@ def test_the_error_rate_of_an_item_is_a_mean_with_one_half_more():
         shown = [MASK if rng.random() < 0.8 else 30 for _ in items]
         logits = torch.zeros(len(items), V)
         for row, (item, is_right) in enumerate(zip(items, right)):
-            logits[row, item if is_right else 20] = 1
+            logits[row, item if is_right else 20] = 1 + step / 20  # and it becomes more certain
+        p = logits.double().softmax(-1)
+        numbers = -(p * p.log()).sum(-1) if score_input == "vocabulary" else 1.0 - right
         means.see(torch.tensor(items), torch.tensor(shown), logits)
         means.learn(OneProcess)
         for item in set(items):
-            values = [float(not r) for i, r, x in zip(items, right, shown)
+            values = [float(number) for i, number, x in zip(items, numbers, shown)
                       if i == item and x == MASK]
             if values:
                 seen[item] += len(values)
                 rate = min(1, len(values) / min(seen[item], 64))
                 mean[item] += rate * (np.mean(values) - mean[item])
-    assert seen[9] > 200 and 30 < seen[8] < 64 and seen[7] <= 1
+    assert seen[9] > 200 and 30 < seen[8] < 64 and seen[7] == 1
     score = means(None, torch.tensor([[7, 8, 9, 10]]), torch.tensor([[0, 1, 2, 3]]))[0]
-    weights = [(min(seen[i], 64) * mean[i] + 0.5) / (min(seen[i], 64) + 1) for i in (7, 8, 9)]
-    assert score.tolist() == pytest.approx([*weights, 0.5], abs=1e-5)
+    weights = [(min(seen[i], 64) * mean[i] + prior * unseen) / (min(seen[i], 64) + prior)
+               for i in (7, 8, 9)]
+    assert score.tolist() == pytest.approx([*weights, unseen], abs=1e-5)
 
 
 def test_context_is_what_a_score_has_beyond_the_mean_of_its_item():
