@@ -256,18 +256,6 @@ def test_sample_and_high_still_fill_k_when_entropies_are_zero():
         assert all(len(set(row)) == 9 for row in positions.tolist())
 
 
-def test_mix_is_half_entropy_half_uniform():
-    n, k = 20_000, 6
-    tokens = rows_of(n, 22)
-    H = torch.zeros(n, 22)
-    H[:, 1:4] = 5.0  # the three highest are always these
-    positions = choose(tokens, k, H, "mix", 0, noise_of(n, 22))
-    shares = torch.bincount(positions.flatten(), minlength=22) / n
-    assert torch.equal(shares[1:4], torch.ones(3))
-    # The other three come uniformly from the seventeen that are left.
-    assert torch.allclose(shares[4:21], torch.full((17,), 3 / 17), atol=0.012)
-
-
 def test_mix_takes_its_random_half_from_outside_the_pool_too():
     """k = 5: the two highest of a pool of ten, and three of the eighteen other tokens."""
     n, k = 20_000, 5
