@@ -180,15 +180,6 @@ def test_an_arm_that_often_does_not_begin_has_no_test(
     assert lines["small-static"][0][4] == ("3.0; 0.0171" if count == 3 else "3.0; 0.0341")
 
 
-def test_a_contrast_of_the_first_part_is_hidden_too(tmp_path, capsys):
-    first = PARTS[0]
-    left, late = (run(*losses, teacher_flops=0) for losses in ((9, 6, 5, 5), (9, 9, 6, 5)))
-    arms = {"random": dict.fromkeys(range(10, 19), left),
-            **{arm: dict.fromkeys(range(10, 18), late) for arm in first.tested}}
-    assert not print_part(first, arms)
-    assert "high: not full yet, 8 of its 9 pairs" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.name)
 def test_the_page_says_what_the_script_prints(part, capsys):
     found = print_part(part, read_runs(part)[0])
