@@ -329,6 +329,17 @@ def test_pairs_that_cannot_be_compared_are_named(change, said, tmp_path, capsys)
     assert said in out and (cells(out, "error", "random") is None) == ("left out" in said)
 
 
+def test_the_seeds_of_each_number_format_have_their_mean_too(tmp_path, capsys):
+    some = [{**line, "dtype": "bfloat16" if line["seed"] < 12 else "float32"} for line in lines()]
+    for line in some:
+        line["scores"] = [{**entry, "dtype": line["dtype"]} for entry in line["scores"]]
+    out = printed(some, tmp_path, capsys)
+    assert cells(out, "longer", "random")[1].startswith("+1.67")  # 10 on two seeds of twelve
+    assert "longer - random, dtype bfloat16, 2 seeds: +10.00" in out
+    assert "longer - random, dtype float32, 10 seeds: +0.00" in out
+    assert "dtype" not in printed(lines(), tmp_path, capsys)
+
+
 def test_a_pair_of_two_teachers_is_left_out_and_each_teacher_has_its_mean(tmp_path, capsys):
     some = [run(arm, seed, right + (seed > 12), teacher_sha256="abc"[seed // 3 - 3] * 64,
                 teacher_flops=100) for seed in range(9, 18)
@@ -337,7 +348,7 @@ def test_a_pair_of_two_teachers_is_left_out_and_each_teacher_has_its_mean(tmp_pa
         line["seed"] += 1
         line["run"] = f"{line['arm']}-{line['seed']}"
     out = printed(some, tmp_path, capsys)
-    assert "teacher aaaaaaaa: +10.00" in out and "teacher cccccccc: +0.00" in out
+    assert "teacher aaaaaaaa, 3 seeds: +10.00" in out and "teacher cccccccc, 3 seeds: +0.00" in out
     some[0]["teacher_sha256"] = "d" * 64
     assert "seed 10: left out, for another teacher" in printed(some, tmp_path, capsys)
 

@@ -14,6 +14,7 @@ import math
 import statistics
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 from data.arms import SAME
@@ -276,10 +277,12 @@ def print_tables(full, found, cut):
     print("\n" + grid([["difference [95 %]", *SECONDARY]] + [
         [" - ".join(contrast), *(show(compare(pairs, of)) for of in SECONDARY.values())]
         for contrast, pairs in full.items()]))
-    for contrast, pairs in full.items():
-        for name in sorted({run["teacher_sha256"] for run, _ in pairs.values()} - {""}):
-            own = {s: pair for s, pair in pairs.items() if pair[0]["teacher_sha256"] == name}
-            print(f"{' - '.join(contrast)}, teacher {name[:8]}: {show(compare(own))}")
+    for (contrast, pairs), name in product(full.items(), ("teacher_sha256", "dtype")):
+        values = sorted({run[name] for run, _ in pairs.values()})
+        for value in values if len(values) > 1 else []:  # those of each apart
+            own = {s: pair for s, pair in pairs.items() if pair[0][name] == value}
+            print(f"{' - '.join(contrast)}, {name.partition('_')[0]} {value[:8]}, {len(own)} seeds: "
+                  + show(compare(own)))
 
 
 def draw(full, found, path):
