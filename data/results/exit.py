@@ -152,15 +152,13 @@ def pairs(arms, arm):
 
 def ratios(part, arms, measure):
     """{arm: {seed: run}}, run -> a number -> {arm: paired() of that number's logarithm with random
-    masking, and "each" of its differences}.
-
-    Of an arm that was fixed before, no difference is looked at before all its seeds are there.
+    masking, and "each" of its differences}. Of an arm that was fixed before, only its seeds count.
     """
     found = {}
     for arm in arms:
         both = pairs(arms, arm)
         if arm in part.tested + part.shown:
-            both = {s: both[s] for s in part.seeds} if both.keys() >= set(part.seeds) else {}
+            both = {seed: pair for seed, pair in both.items() if seed in part.seeds}
         if both and arm not in ("random", "small-random"):
             ours, theirs = ({seed: math.log(measure(pair[i])) for seed, pair in both.items()}
                             for i in (0, 1))
@@ -209,21 +207,15 @@ def print_part(part, arms):
     """Print the tables of {arm: {seed: run}} -> ratios() of the part's endpoint."""
     found = ratios(part, arms, partial(steps, endpoint=part.endpoint))
     verdicts = tests(part, arms, found)
-    hidden = [arm for arm in part.tested + part.shown if arm not in found]
-    for arm in hidden:
-        there = len(pairs(arms, arm).keys() & set(part.seeds))
-        print(f"{arm}: not full yet, {there} of its {len(part.seeds)} pairs are there. Run  "
-              f"bash data/results/{part.name}.sh")
     print(f"\n| arm | runs | {part.name}, steps: median (range) | over random [95 %] | t; p, Holm "
           f"| sign flip | seeds without |\n{'|---' * 7}|")
     for arm, runs in arms.items():
-        if arm not in hidden:
-            values = sorted(steps(run, part.endpoint) for run in runs.values())
-            missing = without(runs, part.endpoint)
-            cells = [arm, str(len(runs)), f"{statistics.median(values):.0f} ({values[0]:.0f} to "
-                     f"{values[-1]:.0f})", show(found[arm], missing) if arm in found else "-",
-                     *verdicts.get(arm, "--"), " ".join(map(str, missing)) or "-"]
-            print("|", " | ".join(cells), "|")
+        values = sorted(steps(run, part.endpoint) for run in runs.values())
+        missing = without(runs, part.endpoint)
+        cells = [arm, str(len(runs)), f"{statistics.median(values):.0f} ({values[0]:.0f} to "
+                 f"{values[-1]:.0f})", show(found[arm], missing) if arm in found else "-",
+                 *verdicts.get(arm, "--"), " ".join(map(str, missing)) or "-"]
+        print("|", " | ".join(cells), "|")
     costs = [ratios(part, arms, partial(flops, endpoint=part.endpoint, teacher=teacher))
              for teacher in (0, 1)]
     print("\n| over random | FLOPs to it | with the teacher's",
@@ -283,9 +275,7 @@ def main():
         arms, single = read_runs(part)
         if single:
             print_single(single)
-        found = print_part(part, arms)
-        if set(part.tested + part.shown) <= found.keys():
-            draw(part, arms, found)
+        draw(part, arms, print_part(part, arms))
 
 
 if __name__ == "__main__":
