@@ -9,6 +9,8 @@ import pytest
 GPUS = os.environ.get("CUDA_VISIBLE_DEVICES")  # as the user has it; None: all of them
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # read when torch first looks for a GPU
 
+from tests.helpers import call, command, write_corpus  # noqa: E402
+
 
 @pytest.fixture(autouse=True)
 def restore_signals():
@@ -19,3 +21,19 @@ def restore_signals():
     yield
     for number, handler in handlers.items():
         signal.signal(number, handler)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a toy corpus, for the runs of a test file."""
+    folder = tmp_path_factory.mktemp("toy")
+    write_corpus(folder / "text.txt", documents=300)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def teacher(folder):
+    """A finished run on it."""
+    with pytest.MonkeyPatch.context() as patch:
+        call(command(folder, "teacher", "--masking", "random", "--seed", "1"), patch)
+    return folder / "teacher"

@@ -15,7 +15,7 @@ from data.files import load_tensors
 from data.runs import read_log
 from data.tokenizer import MASK
 from model import Bert, Shape, load
-from tests.helpers import call, command, write_corpus
+from tests.helpers import call, command
 from train import learning_rate
 
 
@@ -36,6 +36,7 @@ def test_the_mask_rate_falls_linearly():
                         "mask_rate": 0.3, "mask_rate_end": 0.1})
     # of 126 tokens: 30 %, 20 %, 10.2 %; the step after the last is only evaluated
     assert [train.masks_per_row(args, step) for step in (0, 50, 99, 100)] == [38, 25, 13, 13]
+    assert M.mask_count(0.001, 16) == 1
 
 
 def test_presets_name_flags_that_exist_with_values_of_their_types():
@@ -155,21 +156,17 @@ def test_flops_of_a_step_by_hand():
 
 
 @pytest.mark.parametrize("scorer", ["random", "entropy", "self"])
-def test_an_update_by_hand(scorer, tmp_path_factory, monkeypatch):
+def test_an_update_by_hand(scorer, folder, monkeypatch):
     """Two updates of train.py written again: who scores, who teaches, the loss, clipping, AdamW."""
-    folder = tmp_path_factory.getbasetemp() / "by-hand"
-    teacher = folder / "teacher"
-    if not folder.exists():
-        folder.mkdir()
-        write_corpus(folder / "text.txt", documents=300)
+    teacher = folder / "long-teacher"
     if not teacher.exists():  # long enough that its entropies are no near ties
         call(command(folder, teacher.name, "--masking", "random", "--steps", "150", "--lr", "5e-3",
                      "--dropout", "0"), monkeypatch)
     flags = ["--masking", scorer, "--score-input", "masked", "--select", "high", "--init-frac", "0",
-             "--dropout", "0",
-             "--mask-rate", "0.3", "--distill", "complete", "--teacher", str(teacher),
-             "--alpha", "0.3", "--tau", "3", "--clip", "0.05", "--weight-decay", "0.1",
-             "--lr", "1e-3", "--warmup-frac", "0", "--decay-frac", "0", "--seed", "4"]
+             "--dropout", "0", "--mask-rate", "0.3", "--distill", "complete",
+             "--teacher", str(teacher), "--alpha", "0.3", "--tau", "3", "--clip", "0.05",
+             "--weight-decay", "0.1", "--lr", "1e-3", "--warmup-frac", "0", "--decay-frac", "0",
+             "--seed", "4"]
     if scorer == "random":
         flags = [f for pair in zip(flags[::2], flags[1::2]) for f in pair
                  if pair[0] not in ("--score-input", "--select", "--init-frac")]
@@ -247,18 +244,15 @@ ARMS = {  # flags -> the training losses of four steps; --teacher is added where
 
 
 @pytest.mark.parametrize("arm", ARMS)
-def test_the_first_losses_of_a_seed_stay(arm, tmp_path_factory, monkeypatch):
+def test_the_first_losses_of_a_seed_stay(arm, folder, monkeypatch):
     """Experiments are under way (data/results/plan.md): order, noise, masks and losses of a seed
     must not change. To rounding: processors differ in that."""
-    folder, flags = tmp_path_factory.getbasetemp() / "arms", arm.split()
-    if not folder.exists():
-        folder.mkdir()
-        write_corpus(folder / "text.txt", documents=300)
+    flags = arm.split()
     if "entropy" in flags or "--distill" in flags:
-        if not (folder / "teacher").exists():
-            call(command(folder, "teacher", "--masking", "random", "--steps", "20", "--lr",
-                         "5e-3"), monkeypatch)
-        flags += ["--teacher", folder / "teacher"]
+        if not (folder / "short").exists():
+            call(command(folder, "short", "--masking", "random", "--steps", "20", "--lr", "5e-3"),
+                 monkeypatch)
+        flags += ["--teacher", folder / "short"]
     flags += ["--init-frac", "0"] * ("self" in flags)
     call(command(folder, arm, *flags, "--steps", "4", "--log-every", "1", "--lr", "3e-3"),
          monkeypatch)
