@@ -1,7 +1,4 @@
-"""What a strategy masks, on a model and a run made by hand.
-
-    python -m pytest tests/test_inspection.py -q
-"""
+"""What a strategy masks, by hand.   python -m pytest tests/test_inspection.py -q"""
 
 import re
 import shutil
@@ -15,21 +12,14 @@ from data import corpus as corpora
 from data.inspection import (
     DIAGNOSIS_SEED, diagnose, dose, exact_entropy, explain, neighbour, strategies_of, token_kinds,
 )
+from data.results.dose import own_strategy, print_doses, report_doses, rules_of
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from data.vocabulary import VocabularyMean
 from masking import Strategy
-from model import Bert, Shape, load
-from tests import helpers
-from tests.helpers import T, V, call, save_run, small_model, write_corpus
+from model import Bert, Shape, forward_flops, load
+from tests.helpers import T, V, call, command, refused, rows_of, save_run, small_model
 
 SENTENCE = "the model reads <every> token & learns to guess what is hidden from it"
-
-
-def rows_of(n):
-    """(n, T) tokens between [CLS] and [SEP], with a [SEP] inside every second row."""
-    tokens = helpers.rows_of(n)
-    tokens[::2, 7] = SEP
-    return tokens
 
 
 def entropy_alone(model, row, place):
@@ -42,10 +32,8 @@ def entropy_alone(model, row, place):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("inspection")
-    source = write_corpus(folder / "text.txt")
-    text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
+def run(folder):
+    text = corpora.load(corpora.prepare(str(folder / "text.txt"), 600, folder / "cache"), 64)
     torch.manual_seed(0)
     return save_run(folder / "run", Bert(Shape(600, 2, 64, 64, init_std=0.3)), text.tokenizer_path)
 
@@ -55,7 +43,7 @@ def run(tmp_path_factory):
 
 def test_the_diagnosis_of_a_known_strategy():
     """A strategy that takes the numbers: their share is 1, and it repeats itself."""
-    model, tokens = small_model(init_std=0.3), rows_of(10)
+    model, tokens = small_model(init_std=0.3), rows_of(10, separators=1)
     pieces = [f"▁{i}" if i % 3 == 0 else "▁word" if i % 3 == 1 else "ing" for i in range(V)]
     kinds = token_kinds(pieces, np.arange(V))
     for kind, which in (("rare", range(100)), ("frequent", range(200, 300))):
@@ -87,17 +75,18 @@ def test_the_diagnosis_of_a_known_strategy():
 
 
 def test_under_static_masks_a_block_is_chosen_again_as_it_was():
-    model, tokens, kinds = small_model(init_std=0.3), rows_of(
-        10), token_kinds(["▁a"] * V, np.ones(V))
+    model, tokens = small_model(init_std=0.3), rows_of(10, separators=1)
+    kinds = token_kinds(["▁a"] * V, np.ones(V))
     overlap = {static: diagnose(model, tokens, 5, Strategy(), kinds, static=static)["overlap"]
                for static in (True, False)}
     assert overlap[True][0] == 1 and overlap[False][0] < 0.4
-    assert overlap[True][1] == overlap[False][1] == pytest.approx(5 / 31.5)
+    assert overlap[True][1] == overlap[False][1] == pytest.approx(5 / 31)
 
 
 def test_the_dose_is_that_of_a_loop():
     """Token by token, row by row; more than a batch of forwards, [SEP]s inside."""
     model, tokens = small_model(init_std=0.3).eval(), rows_of(4)
+    tokens[:, 7] = SEP
     positions = torch.tensor([[1, 2, 9], [4, 8, 30], [3, 15, 16], [10, 20, 21]])
     amounts = []
     for row, chosen in zip(tokens, positions.tolist()):
@@ -114,7 +103,7 @@ def test_the_dose_is_that_of_a_loop():
 def test_the_rank_correlation_of_a_free_score():
     """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
     """
-    model, tokens = small_model(init_std=0.3), rows_of(8)
+    model, tokens = small_model(init_std=0.3), rows_of(8, separators=1)
     kinds = token_kinds(["▁a"] * V, np.ones(V))
     means = VocabularyMean(None, 1.0, V)
     strategy = Strategy(None, means, M.high, 2)
@@ -123,6 +112,58 @@ def test_the_rank_correlation_of_a_free_score():
     for row, H in zip(tokens, exact_entropy(model, tokens)):
         means.mean[row] = torch.where(row >= N_SPECIAL, H, means.mean[row])
     assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] > 0.2
+
+
+# ---- the doses of all rules
+
+
+def test_doses_of_all_rules_are_ordered_as_they_must_be(capsys):
+    model, tokens = small_model(init_std=0.3), rows_of(120, separators=1)
+    reports = report_doses(model, tokens, strategies_of(model))
+    print_doses(reports)
+    by_rule = {report["rule"]: report for report in reports}
+    assert list(by_rule) == [*strategies_of(model), "exact"]
+    for i, k in enumerate((5, 10)):
+        doses = {rule: report["dose"][i] for rule, report in by_rule.items()}
+        assert doses["exact"] == max(doses.values()) and doses["low"] == min(doses.values())
+        assert doses["high"] > doses["mix"] > doses["random"] + 0.05 and abs(doses["random"]) < 0.1
+        H = exact_entropy(model, tokens).nan_to_num(-1)
+        best = H.topk(k).indices.sort(1).values
+        assert by_rule["exact"]["neighbour"][i] == pytest.approx(neighbour(best))
+        assert by_rule["exact"]["rank_correlation"][i] == pytest.approx(1)
+        assert by_rule["random"]["rank_correlation"][i] is None
+        assert 0.1 < by_rule["high"]["rank_correlation"][i] < 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2 + len(reports) and f"| {reports[0]['dose'][0]:+.2f} |" in lines[2]
+
+
+def test_what_a_rule_costs_and_where_its_pool_does_not_fit():
+    """Of 32 tokens 5 or 10 are masked; a pool of four times 10 is more than there are."""
+    model, tokens = small_model(init_std=0.3), rows_of(2, separators=1)
+    reports = {report["rule"]: report for report in report_doses(model, tokens, rules_of(model))}
+    update = [3 * forward_flops(model.shape, T, k) for k in (5, 10)]
+    for rule, scored in (("high", (10, 20)), ("high-unmasked", (32, 32))):
+        assert reports[rule]["flops"] == pytest.approx(
+            [1 + forward_flops(model.shape, T, c) / whole for c, whole in zip(scored, update)])
+    assert reports["random"]["flops"] == [1, 1]
+    four = reports["high-unmasked, pool 4"]
+    assert four["flops"][0] > 1 and four["flops"][1] is four["neighbour"][1] is None
+
+
+def test_runs_choose_by_their_own_means_beside_the_rules(folder, teacher, monkeypatch, capsys):
+    error = folder / "error-0"
+    call(command(folder, error, "--score-input", "error", "--select", "high"), monkeypatch)
+    capsys.readouterr()
+    call(["data/results/dose.py", teacher, error, "--blocks", "2"], monkeypatch)
+    out = capsys.readouterr().out
+    model, tokenizer = load(teacher)
+    assert "2 held-out blocks" in out
+    for rule in (*rules_of(model), str(error)):
+        assert re.search(rf"^\| {rule} \|.* \d\.\d\d \|", out, re.M), rule
+    assert own_strategy(error, tokenizer)[0].reads.seen.sum() > 0
+    (error / "checkpoint.pt").unlink()
+    line = refused(["data/results/dose.py", teacher, error], monkeypatch, capsys)
+    assert "checkpoint.pt, which is gone" in line
 
 
 # ---- one sentence
