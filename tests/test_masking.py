@@ -7,10 +7,9 @@ import pytest
 import torch
 
 import masking as M
-from data.results.exit import WITHOUT_CONTEXT
 from data.tokenizer import MASK, N_SPECIAL
 from tests.helpers import T, V, rows_of, small_model
-from train import make_strategy, mask_for_evaluation
+from train import make_strategy
 
 
 def noise_of(n, length=T, step=0):
@@ -107,32 +106,7 @@ def test_uncertainty_equals_dense_and_leaves_no_trace():
                           M.uncertainty(model, big[890:], everywhere[890:]), atol=1e-5)
 
 
-# ---- what the scoring model reads
-
-
-def test_masked_input_does_not_show_the_token_and_unmasked_does():
-    model, tokens = small_model(), rows_of(2)
-    candidates = torch.tensor([[3, 9, 20], [1, 2, 30]])
-    other = tokens.scatter(1, candidates, 250)
-    assert torch.equal(M.masked(model, tokens, candidates), M.masked(model, other, candidates))
-    assert not torch.allclose(M.unmasked(model, tokens, candidates),
-                              M.unmasked(model, other, candidates))
-    assert tokens[0, 3] != MASK  # the batch itself is not changed
-
-
-def test_a_strategy_asks_its_own_model_about_its_candidates_and_random_masking_asks_nobody():
-    tokens, noise, asked = rows_of(2), noise_of(2), []
-
-    def reads(model, tokens, places):
-        asked.append((model, places))
-        return torch.zeros(places.shape)
-
-    M.Strategy("teacher", reads, M.high, 2)(tokens, 3, noise)
-    (model, places), = asked
-    assert model == "teacher"
-    assert places.tolist() == pool_of(tokens, 6, noise).sort().values.tolist()
-    M.Strategy()(tokens, 3, noise)
-    assert len(asked) == 1
+# ---- running means of vocabulary items
 
 
 class OneProcess:
@@ -249,11 +223,11 @@ def test_sample_draws_in_proportion_to_entropy():
     assert torch.allclose(shares, torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0]), atol=0.01)
 
 
-def test_sample_and_high_still_fill_k_when_entropies_are_zero():
-    tokens = rows_of(3)
-    for rule in ("sample", "high", "low", "mid", "mix"):
-        positions = choose(tokens, 9, torch.zeros(3, T), rule, 0, noise_of(3))
-        assert all(len(set(row)) == 9 for row in positions.tolist())
+def test_no_special_token_is_chosen_where_all_entropies_are_zero():
+    tokens = rows_of(3, separators=2)
+    for rule in M.SELECT:
+        positions = choose(tokens, 28, torch.zeros(3, T), rule, 0, noise_of(3))
+        assert (tokens.gather(1, positions) >= N_SPECIAL).all(), rule
 
 
 def test_mix_takes_its_random_half_from_outside_the_pool_too():
@@ -347,28 +321,3 @@ def test_corruption_is_80_10_10_from_one_draw():
     assert other.min() == N_SPECIAL and other.max() == V - 1  # never special, all of the others
     untouched = torch.ones_like(tokens, dtype=torch.bool).scatter(1, positions, False)
     assert torch.equal(new[untouched], tokens[untouched])
-
-
-def test_mask_count():
-    assert M.mask_count(0.15, 128) == 19  # 18.9
-    assert M.mask_count(0.15, 16) == 2 and M.mask_count(0.001, 16) == 1
-
-
-# ---- the plateau
-
-
-def test_copying_what_is_shown_is_below_the_entropy_but_not_below_its_share():
-    p = torch.zeros(V, dtype=torch.double)
-    p[N_SPECIAL:] = 1 / torch.arange(1, V - N_SPECIAL + 1)  # independent tokens: no context helps
-    p /= p.sum()
-    entropy = -(p[N_SPECIAL:] * p[N_SPECIAL:].log()).sum().item()
-    tokens = rows_of(800, 130)
-    generator = torch.Generator().manual_seed(0)
-    tokens[:, 1:-1] = torch.multinomial(p, 800 * 128, True, generator=generator).view(800, 128)
-    positions, inputs, labels = mask_for_evaluation(tokens, V)
-    shown, labels = inputs.gather(1, positions).flatten(), labels.flatten()
-    # The best guess: where a token stands that is not [MASK], it is the answer with this share.
-    kept = p[shown] / (p[shown] + 1 / (V - N_SPECIAL))
-    kept[shown == MASK] = 0
-    best = -((1 - kept) * p[labels] + kept * (shown == labels)).log().mean().item()
-    assert WITHOUT_CONTEXT * entropy < best < 0.95 * entropy
