@@ -73,13 +73,9 @@ def test_the_context_gain_is_drawn_below(tmp_path):
     arms, levels, gains = plot.curves(runs)
     assert list(arms) == ["old", "new"] and list(gains) == ["new"]
     picture = plot.draw_curves(arms, levels, gains=gains)
-    labels = [e.text for e in elements(picture, "text")]
-    assert "new 1.50" in labels and any("context gain" in words for words in labels)
     below, = elements(picture, "}g")
-    *_, mean = [e for e in below if e.get("class") == "arm1"  # its colour above, too
-                and e.tag.endswith("polyline")]
-    (_, zero), (_, half), (_, last) = points_of(mean)
-    assert (zero - last) / (zero - half) == pytest.approx(1.5 / 0.5, abs=0.02)
+    assert "new 1.50" in [e.text for e in below]
+    assert {e.get("class") for e in below if "stroke-width" in e.attrib} == {"grid", "arm1"}
     assert not elements(plot.draw_curves(arms, levels), "}g")
 
 
@@ -90,20 +86,6 @@ def test_losses_that_cannot_be_compared_are_not_drawn(tmp_path):
     assert plot.curves([first, make_run(tmp_path / "c-0", [9.0, 5.0], entropy=6.2)])[1] == {}
     with pytest.raises(UserError, match="no two evaluations"):
         plot.curves([first, make_run(tmp_path / "d-0", [9.0, None])])
-
-
-def test_an_arm_is_what_it_is_for_glue(tmp_path):
-    first = make_run(tmp_path / "random-0", [9.0, 5.0])
-    # By a number that is not its seed no run belongs to an arm.
-    rates = [make_run(tmp_path / name, [9.0, 5.0], seed=0) for name in ("rate-15", "rate-30")]
-    assert list(plot.curves([first, *rates])[0]) == ["random", "rate-15", "rate-30"]
-    with pytest.raises(UserError, match="by their names one arm, random, but differ in --lr"):
-        plot.curves([first, make_run(tmp_path / "random-1", [9.0, 5.0], lr=0.1)])
-    with pytest.raises(UserError, match="are both the arm random with seed 0"):
-        plot.curves([first, make_run(tmp_path / "b" / "random-0", [9.0, 5.0])])
-    (first / "log.jsonl").unlink()
-    with pytest.raises(UserError, match="random-0 has no log.jsonl"):
-        plot.curves([first])
 
 
 def test_a_difference_is_a_dot_in_its_bar_on_a_common_scale():
