@@ -8,8 +8,8 @@ import lzma
 import multiprocessing.synchronize
 import os
 import random
+import runpy
 import signal
-import subprocess
 import sys
 import threading
 import unicodedata
@@ -28,7 +28,7 @@ from data.text import read_documents
 from data.tokenizer import (
     CLS, INVISIBLE_RE, MASK, N_SPECIAL, SEP, UNK, Tokenizer, normalize, train_tokenizer,
 )
-from tests.helpers import ROOT, WORDS, packed_tar, packed_zip, write_corpus
+from tests.helpers import WORDS, packed_tar, packed_zip, write_corpus
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,6 @@ def test_a_folder_is_read_with_its_folders_without_what_is_hidden_or_ours(tmp_pa
             corpora.prepare(str(corpus), 600, tmp_path / "cache")
 
 
-def test_a_path_is_not_a_name(tmp_path):
-    (tmp_path / "wikitext.txt").write_text("= Title =\n\nA paragraph.\n")
-    documents = list(read_documents([tmp_path / "wikitext.txt"], "wikitext.txt"))
-    assert documents == [("", ["= Title ="]), ("", ["A paragraph."])]
-
-
 def test_text_without_blank_lines_and_endless_lines_are_cut(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "MAX_DOCUMENT", 100)
     monkeypatch.setattr(texts, "MAX_LINE", 50)
@@ -116,34 +110,23 @@ WITH_PASSWORD = packed_zip({"s.txt": b"text"}).replace(  # the flag, in both hea
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"", "documents: 0"),
     ("a.txt", b"One document only.\n", "documents: 1"),
     ("a.txt", b"a\n\nzero \0 bytes\n", r"a\.txt line 3 is not UTF-8 text; .*begins with b'a.n'"),
-    ("a.txt", "a\n".encode("utf-16"), "line 1 is not UTF-8 text.*zero bytes: iconv -f utf-16"),
     ("a.txt", "a\r\nb\n\nca\u00e9\n".encode("cp1252"), "line 4 is not UTF-8.* -f cp1252"),
-    ("a.pdf", b"%PDF-1.5\n%\xd0\xd4\n", "a.pdf line 2 is not UTF-8 text; .*with b'%PDF-1.5'"),
     ("a.parquet", b"PAR1\x15\x04\0", "line 1 is not UTF-8 text; .*with b'PAR1.*unpack"),
     ("a.gz", gzip.compress(b"a\nb \xff c\n"), r"a\.gz line 2 is not UTF-8"),
-    ("a.xz", lzma.compress(b"text " * 1000)[:-20], "a.xz cannot be read: Comp.*; if it is damaged"),
-    ("a.gz", PACKED[:-20], "a.gz cannot be read: Compressed file ended"),
+    ("a.gz", PACKED[:-20], "a.gz cannot be read: Compressed file ended.*; if it is damaged"),
     ("a.gz", PACKED[:30] + b"\xff\xff" + PACKED[32:], "a.gz cannot be read"),
     ("a.bz2", bz2.compress(b"text " * 1000)[:30] + b"rubbish", "a.bz2 cannot be read"),
     ("a.zip", ZIP[:-40], "a.zip cannot be read.*File is not a zip file"),
-    ("a.zip", ZIP[:-6] + b"\xff" + ZIP[-5:], "a.zip cannot be read"),  # where its list begins
     ("a.zip", ZIP.replace(ZIP[150:250], bytes(100)), "a.zip, b.txt, .*CRC"),
     ("a.zip", WITH_PASSWORD, "a.zip cannot be read.*password required"),
     ("a.zip", packed_zip({"b.txt": b"\xff"}), "a.zip, b.txt, line 1 is not UTF-8"),
     ("a.tar", packed_tar({"b.txt": b"\0"}, "w"), "a.tar, b.txt, line 1 is not UTF-8 text"),
-    ("a.zst", b"\x28\xb5\x2f\xfd rest", "a.zst line 1 is not UTF-8 text.*unpack it"),
-    ("a.txt", b"7z\xbc\xaf\x27\x1c rest", "begins with b.7z.*unpack it"),
     ("a.jsonl", b'\n{"id": 1, "text": "Words."}\n' * 9, "line 2 begins with .*JSON.*jq -r"),
     ("a.json", b'[\n {"text": "Some words."}\n]', "line 1 begins with .*JSON or markup"),
     ("a.json", b'["Some words.", "More words."]', "line 1 begins with .*JSON or markup"),
-    ("a.txt", b"{'text': 'Some words.'}", "line 1 begins with .*JSON or markup"),
-    ("a.sgml", b"<DOC>\n<DOCNO>", "line 1 begins with <DOC>: JSON or markup"),
-    ("a.rtf", rb"{\rtf1\ansi", "JSON or markup"), ("a.html", b"<p>Words", "JSON or markup"),
     ("a.html", b"<!DOCTYPE html>\n<html>", "line 1 begins with <!DOCTYPE html>: JSON or markup"),
-    ("a.txt", b"too few\n\nwords here\n", "more than this corpus supports: .*or at most [0-9]+"),
 ])
 def test_bad_text_is_refused_in_one_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -229,18 +212,13 @@ def test_files_to_validate_are_held_out_and_those_to_test_left_out(tmp_path):
 
 
 def test_the_start_says_how_much_of_the_held_out_text_is_trained_on(tmp_path):
-    (tmp_path / "twice").mkdir()
-    for name in ("a.txt", "b.txt"):
-        write_corpus(tmp_path / "twice" / name, 110)
     documents = write_corpus(tmp_path / "half.txt", 60).read_text().split("\n\n")
     documents[3] += "\nThe model reads a text while the masks move."
     documents[25] = ("the  model reads a text while the masks move.\n"  # what is held out
                      "\u200bThe masks move while a text reads the model.")
     (tmp_path / "half.txt").write_text("\n\n".join(documents))
-    for name, share in (("twice", "100.0%"), ("half.txt", "50.0%")):
-        folder = corpora.prepare(str(tmp_path / name), 600, tmp_path / "cache")
-        assert f"of the held-out text {share} is in the training text" in corpora.load(
-            folder, 16).about
+    folder = corpora.prepare(str(tmp_path / "half.txt"), 600, tmp_path / "cache")
+    assert "of the held-out text 50.0% is in the training text" in corpora.load(folder, 16).about
 
 
 # ---- the text of the first run
@@ -379,7 +357,6 @@ def test_prompts_with_masks(tokenizer):
                    tokenizer.encode("it.")[-1]]
     assert tokenizer.encode_with_masks("[MASK]the[MASK] the [MASK]\u200bthe") == [
         MASK, *tokenizer.sp.encode("the"), *2 * [MASK, *tokenizer.encode("the")]]
-    assert tokenizer.decode(tokenizer.encode("The  Model")) == "the model"
 
 
 def test_a_tokenizer_that_is_not_the_one(tmp_path):
@@ -400,27 +377,15 @@ def test_the_cache_is_used_again_and_found_by_its_hashes(prepared, tmp_path):
     assert corpora.prepare(str(source), 600, folder.parent) == folder
     assert (folder / "train.bin").stat().st_mtime_ns == stamp
     other = write_corpus(tmp_path / "text.txt", seed=1)
-    assert corpora.prepare(str(other), 600, folder.parent) != folder
+    own = corpora.prepare(str(other), 600, folder.parent)
+    given = corpora.prepare(str(other), 600, folder.parent, 1, folder / "tokenizer.model")
+    assert len({folder, own, given}) == 3
     (folder.parent / "0").mkdir()
     (folder.parent / "0" / "meta.json").write_text("{")
     text = corpora.load(folder, 34)
     assert corpora.find_prepared(folder.parent, text.sha256) == folder
     assert corpora.find_prepared(folder.parent, "0" * 64) is None
     assert corpora.find_prepared(tmp_path / "no cache", text.sha256) is None
-
-
-def test_a_text_is_encoded_with_the_tokenizer_of_another(prepared, tokenizer, tmp_path):
-    other = write_corpus(tmp_path / "text.txt", seed=1)
-    other.write_text(other.read_text() + "\n\nTwo жирафа.\n")
-    cache, path = tmp_path / "cache", prepared[1] / "tokenizer.model"
-    text = corpora.load(corpora.prepare(str(other), 9999, cache, 1, tokenizer=path), 34)
-    assert text.tokenizer.sha256 == tokenizer.sha256
-    expected = [i for _, d in read_documents([other]) for p in d for i in tokenizer.encode(p)]
-    found = np.concatenate([text.train.ravel(), text.valid.ravel()])
-    assert (found >= N_SPECIAL).sum() == pytest.approx(len(expected), abs=2 * 32)
-    assert corpora.load(corpora.prepare(str(other), 600, cache), 34).tokenizer.sha256 != (
-        tokenizer.sha256)
-    assert len(list(cache.glob("*/meta.json"))) == 2
 
 
 def test_a_damaged_cache_is_refused(tmp_path):
@@ -475,11 +440,6 @@ def test_batches_are_a_permutation_of_every_epoch():
     assert np.array_equal(corpora.block_order(11, 0, 7, 4), steps[7])  # no history needed
     assert not np.array_equal(corpora.block_order(11, 1, 7, 4), steps[7])
     assert np.array_equal(corpora.block_order(11, 0, 1, 22), order[22:])  # several epochs at once
-
-
-def test_a_row_is_a_block_between_its_ends():
-    rows = corpora.with_ends(np.arange(6, dtype=np.uint16).reshape(2, 3) + N_SPECIAL)
-    assert rows.tolist() == [[CLS, 5, 6, 7, SEP], [CLS, 8, 9, 10, SEP]]
 
 
 # ---- files
@@ -553,12 +513,12 @@ def test_without_locks_there_is_one_warning(tmp_path, monkeypatch, capsys):
     monkeypatch.delattr(files.lock_folder, "warned")
 
 
-def test_a_system_without_locks_is_told_in_one_line():
-    done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.modules['fcntl'] = None; import data.files"],
-        cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Linux or macOS" in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_a_system_without_locks_is_told_in_one_line(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(files.__file__)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "Linux or macOS" in error and error.count("\n") == 1
 
 
 def test_signals_are_left_alone_in_a_thread():
