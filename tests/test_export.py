@@ -93,8 +93,7 @@ def test_rotary_planes_change_their_order():
     assert interleave(x, 2).tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
 
 
-# --------------------------------------------------------------------------------------------------
-# against transformers
+# ---- against transformers
 
 
 @pytest.fixture(scope="module")
@@ -171,32 +170,3 @@ def test_a_span_is_a_word_without_the_blank_before_it(exported):
         spans = theirs(text, add_special_tokens=False, return_offsets_mapping=True)
         assert words_of(spans["offset_mapping"]) == [
             found.span() for found in re.finditer(r"\S+", text)], repr(text)
-
-
-def test_transformers_masks_whole_words(exported):
-    from transformers import AutoTokenizer, DataCollatorForLanguageModeling
-    theirs = AutoTokenizer.from_pretrained(exported / "rotary")
-    row = theirs("The readers read xyz and unheard-of words while the model guesses.",
-                 return_offsets_mapping=True, return_special_tokens_mask=True)
-    words = words_of(row["offset_mapping"][1:-1])
-    assert len(words) == 11 < len(row["input_ids"]) - 5
-    collate = DataCollatorForLanguageModeling(theirs, mlm_probability=0.3, whole_word_mask=True)
-    torch.manual_seed(0)
-    counts = set()
-    for _ in range(50):
-        masked = (collate([dict(row)])["labels"][0] != -100).tolist()
-        by_word = [{is_masked for is_masked, span in zip(masked, row["offset_mapping"])
-                    if first <= span[0] and 0 < span[1] <= last} for first, last in words]
-        assert all(len(values) == 1 for values in by_word)
-        counts.add(sum(map(sum, by_word)))
-    assert len(counts) > 3 and max(counts) < 11
-
-
-def test_the_fill_mask_pipeline_guesses_what_we_do(runs, exported):
-    from transformers import pipeline
-    for name, run in runs.items():
-        (model, tokenizer), text = load(run), "The model [MASK] every text."
-        found = pipeline("fill-mask", str(exported / name))(text)
-        [ours] = model_script.fill_mask(model, tokenizer, text)
-        assert [(tokenizer.pieces[x["token"]], x["score"]) for x in found] == [
-            (piece, pytest.approx(p, abs=1e-4)) for piece, p in ours]
