@@ -209,15 +209,13 @@ def link_to(target):
 
 
 EVIL = "../../evil.txt"
-TYPES = tarfile.REGTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE
 
 
 @pytest.mark.parametrize("pack", [
-    *(lambda text, name=name: packed_zip({"text.txt": text, name: text})
-      for name in (EVIL, "/tmp/evil.txt", "a/" + EVIL, "..\\evil")),
+    lambda text: packed_zip({"text.txt": text, EVIL: text, "/tmp/evil.txt": text}),
     lambda text: packed_zip({"text.txt": text, **link_to(EVIL)}),
-    *(lambda text, kind=kind: packed_tar({"text.txt": text, EVIL: text}, "w", kind)
-      for kind in TYPES)])
+    lambda text: packed_tar({"text.txt": text, EVIL: text}, "w"),
+    lambda text: packed_tar({"text.txt": text, EVIL: text}, "w", tarfile.SYMTYPE)])
 def test_an_archive_writes_nowhere_else(pack, tmp_path):
     text = write_corpus(tmp_path / "text.txt", documents=300).read_bytes()
     (inner := tmp_path / "a" / "b").mkdir(parents=True)
