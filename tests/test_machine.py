@@ -20,18 +20,9 @@ from data import machine as M
 from data.files import UserError, load_tensors
 from data.machine import Machine
 from data.runs import read_config, read_log
-from tests.helpers import ROOT, call, command, refused, write_corpus
+from tests.helpers import ROOT, call, command, refused
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    write_corpus(folder / "text.txt", documents=300)
-    with pytest.MonkeyPatch.context() as patch:  # so that no later run has to prepare the corpus
-        call(command(folder, "first", "--steps", "1", "--masking", "random"), patch)
-    return folder
 
 
 def on_two(argv):
@@ -105,9 +96,6 @@ def test_a_signal_stops_all_after_the_same_step(folder):
 
 
 def test_a_batch_that_cannot_be_split_is_refused(folder, monkeypatch, capsys):
-    monkeypatch.setattr(train, "WORLD", 9)
-    line = refused(command(folder, "odd"), monkeypatch, capsys)
-    assert "--batch-size 8 cannot be split evenly over 9 processes" in line
     monkeypatch.setattr(train, "WORLD", 3)
     line = refused(command(folder, "odd"), monkeypatch, capsys)
     assert "--batch-size 8 cannot be split evenly over 3 processes" in line
@@ -149,10 +137,9 @@ def test_threads_are_what_was_asked_for_or_the_cores_of_this_process(monkeypatch
 
 
 @pytest.mark.parametrize("quota, omp, processes, cores", [
-    (math.inf, "", 1, 16), (2.5, "", 1, 2), (0.3, "", 1, 1), (math.inf, "4,2", 1, 4),
-    (math.inf, "99", 1, 16), (math.inf, "0", 1, 16), (math.inf, "all", 1, 16), (3, "2", 1, 2),
-    (math.inf, "", 8, 2), (math.inf, "1", 8, 2),  # torchrun's own 1
-    (math.inf, "3", 2, 3), (math.inf, "9", 2, 8), (6, "", 4, 1), (math.inf, "", 99, 1)])
+    (2.5, "", 1, 2), (0.3, "", 1, 1), (math.inf, "4,2", 1, 4), (math.inf, "99", 1, 16),
+    (math.inf, "all", 1, 16), (math.inf, "0", 1, 16), (math.inf, "1", 8, 2),  # torchrun's own 1
+    (math.inf, "3", 2, 3), (6, "", 4, 1)])
 def test_cores_are_the_smallest_of_what_is_allowed(quota, omp, processes, cores, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
     monkeypatch.setattr(M, "cgroup_quota", lambda: quota)
@@ -189,15 +176,9 @@ def test_beside_busy_processes_one_thread_is_advised(monkeypatch):
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/loadavg"), reason="not Linux")
-def test_a_process_that_is_busy_is_seen():
-    jobs = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(20)]
-    try:
-        time.sleep(0.5)
-        assert M.busy() >= 20
-    finally:
-        for job in jobs:
-            job.kill()
-            job.wait()
+def test_a_process_that_is_busy_is_seen(monkeypatch):
+    monkeypatch.setattr(M.Path, "read_text", lambda path: "0.2 1.18 1.1 21/999 123")
+    assert M.busy() == 20  # beside us
 
 
 def test_bfloat16_is_chosen_where_a_gpu_has_it_in_hardware(monkeypatch):
