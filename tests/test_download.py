@@ -1,7 +1,4 @@
-"""Downloads from a local server that misbehaves, and a corpus that comes as an archive.
-
-    python -m pytest tests/test_download.py -q
-"""
+"""Downloads from a server that misbehaves.   python -m pytest tests/test_download.py -q"""
 
 import hashlib
 import http.server

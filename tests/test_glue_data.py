@@ -53,19 +53,15 @@ BAD = {  # what is wrong -> (task, text of train.tsv, the message)
     "header": ("SST-2", "text\tlabel\nx\t1\n",
                "line 1: a header .* sentence is not in 'text, label'"),
     "columns": ("SST-2", "sentence\tlabel\nfine\t1\nnot fine\n", "line 3: 2 tab-sep.* not 1"),
-    "cola": ("CoLA", "gj04\t1\t\n", "line 1: 4 tab-separated columns were expected, not 3"),
     "label": ("RTE", "index\tsentence1\tsentence2\tlabel\n0\ta\tb\tmaybe\n",
               "line 2: the label entailment or not_entailment was expected, not 'maybe'"),
     "unlabelled": ("SST-2", "sentence\tlabel\nfine\t-1\n", "line 2.*have no labels"),
     "score": ("STS-B", STS_B + line("STS-B", "train", "a", "b", "nan"),
               "line 2: the label a number from 0 to 5"),
-    "empty": ("SST-2", "", "line 1: a header"),
     "bytes": ("SST-2", b"sentence\tlabel\nfine\t1\n\xff\xfe\t1\n", "line 3: not UTF-8"),
     # What people's own copies have been through.
     "a header for CoLA": ("CoLA", "source\tlabel\tmark\tsentence\ng\t1\t\ta b\n",
                           "line 1: .* is a header, where none"),
-    "two files in one": ("SST-2", "sentence\tlabel\na\t1\nsentence\tlabel\nb\t1\n",
-                         "line 3: .* is a header, where none belongs"),
     "all is quoted": ("SST-2", '"sentence"\t"label"\n"a"\t"1"\n',
                       "line 1: a header .* in quote marks, as a spreadsheet .*QUOTE_NONE"),
     "a spreadsheet's commas": ("CoLA", 'g\t1\t\tno comma\n' + 'g\t1\t\t"a, b."\n' * 3,
@@ -131,8 +127,7 @@ def test_malformed_rows_of_qqp_are_left_out_and_counted(tmp_path, capsys):
         G.read_task("QQP", tmp_path, "")
 
 
-# --------------------------------------------------------------------------------------------------
-# downloads
+# ---- downloads
 
 
 def offer(monkeypatch, server, task, files):
@@ -166,8 +161,7 @@ def test_an_archive_is_downloaded_once_and_read_in_place(server, tmp_path, monke
     assert written == {"SST-2.zip", ".lock"}  # nothing was unpacked, inside or outside
 
 
-# --------------------------------------------------------------------------------------------------
-# rows and batches
+# ---- rows and batches
 
 
 class Letters:
@@ -207,8 +201,7 @@ def test_batches_hold_every_row_once_and_are_of_like_length():
     assert abs(np.corrcoef(of_batches, range(len(first)))[0, 1]) < 0.3  # not from short to long
 
 
-# --------------------------------------------------------------------------------------------------
-# metrics
+# ---- metrics
 
 
 def test_metrics_by_hand():

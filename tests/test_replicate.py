@@ -1,7 +1,4 @@
-"""Does any choice of masks make a better model: the commands, the lines that are kept, the table.
-
-    python -m pytest tests/test_replicate.py -q
-"""
+"""The comparison of masks, and its table.   python -m pytest tests/test_replicate.py -q"""
 
 import io
 import json
@@ -319,7 +316,6 @@ def test_seeds_of_no_plan_are_shown_apart(tmp_path, capsys):
 
 @pytest.mark.parametrize("change, said", [
     ({"dtype": "bfloat16"}, "error - random, seed 12: left out, for another dtype"),
-    ({"torch": "3"}, "error - random, seed 12: left out, for another torch"),
     ({"scores": run("error", 12, 7)["scores"][1:]},
      "error - random, seed 12: left out, for another fine-tunings"),
     ({"machine": "theirs"}, "error - random, seed 12: not of one processor")])
