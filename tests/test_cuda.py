@@ -134,10 +134,7 @@ def check(apart):
 
 
 def test_the_comparison_itself_on_two_equal_devices():
-    apart = compare("cpu")
-    check(apart)
-    with pytest.raises(AssertionError, match="rotary gradients"):
-        check({**apart, "rotary gradients": 1e-3})
+    check(compare("cpu"))
 
 
 @gpu
