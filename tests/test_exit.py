@@ -1,7 +1,4 @@
-"""When a run leaves the plateau, and when it begins to use context, by hand.
-
-    python -m pytest tests/test_exit.py -q
-"""
+"""Exits and onsets, by hand.   python -m pytest tests/test_exit.py -q"""
 
 import os
 import re
