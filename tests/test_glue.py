@@ -1,14 +1,10 @@
-"""glue.py end to end, on small files of the official layout and run folders made by hand.
-
-    python -m pytest tests/test_glue.py -q
-"""
+"""glue.py end to end, on small files.   python -m pytest tests/test_glue.py -q"""
 
 import contextlib
 import json
 import random
 import re
 import signal
-import subprocess
 import sys
 import time
 from argparse import Namespace
@@ -114,21 +110,6 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
     assert "MNLI: 40 of 392702 training rows, 20 of 9815, 20 of 9832 development rows" in (
         tables[0]["notes"])
     assert len(re.findall("CoLA: 40 of 40 training rows, for example .CLS.▁", out.err)) == 1
-    for run in ("random-0", "self-0"):
-        entries = scores(folder / run)
-        assert {e["task"] for e in entries} == set(TASKS)
-        entries.sort(key=lambda e: list(TASKS).index(e["task"]))
-        assert set(entries[5]["parts"]) == {"matched", "mismatched"}
-        assert set(entries[2]["parts"]) == {"accuracy", "f1"}
-        for e in entries:
-            assert e["score"] == pytest.approx(np.mean(list(e["parts"].values())))
-            accuracy = e["parts"].get("accuracy", e["parts"].get("matched"))
-            if TASKS[e["task"]].primary:
-                assert len(e["correct"]) == 20
-                assert e["correct"].count("1") == pytest.approx(accuracy / 100 * 20)
-            else:
-                assert e["correct"] == ""
-
     # The same command again computes nothing: the files do not change, the table is the same.
     before = {p: p.stat().st_mtime_ns for p in folder.rglob("glue.json")}
     monkeypatch.setattr(glue, "score", None)
@@ -139,10 +120,6 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
           "--table", "--json"], monkeypatch)
     assert json.loads(capsys.readouterr().out) == tables
     assert before == {p: p.stat().st_mtime_ns for p in folder.rglob("glue.json")}
-    call(["glue.py", folder / "self-0", "--cache", folder / "cache", "--table"], monkeypatch)
-    out = capsys.readouterr().out
-    assert "| MRPC f1 " in out and "| pretraining seeds | " in out
-    assert "Does pretraining pay? Not known: it takes scores of random and of random weights" in out
     # Any other arm can be the baseline, by its name.
     call(["glue.py", folder / "self-0", "--cache", folder / "cache", "--table", "--baseline",
           "self"], monkeypatch)
@@ -151,17 +128,13 @@ def test_all_nine_tasks_from_runs_to_table(folder, monkeypatch, capsys):
 
 def test_every_tokenizer_shows_a_row_in_its_own_pieces(folder, tmp_path, monkeypatch, capsys):
     make_run(tmp_path / "small", folder / "small.model", masking="random")
-    for runs in ((tmp_path / "small", "random-0"), ("random-0", tmp_path / "small")):
-        capsys.readouterr()
-        call(command(folder, "--tasks", "CoLA", "--epochs", "1", runs=runs), monkeypatch)
-        shown = re.findall(r"CoLA: .*for example (.*) -> ", capsys.readouterr().err)
-        assert len(shown) == 2 and shown[0] != shown[1]
-        text = (folder / "GLUE" / "CoLA" / "train.tsv").read_text().replace(" ", "▁")
-        for pieces in shown:  # the beginning of a sentence of the file: no other pieces give that
-            assert pieces.removeprefix("[CLS]▁").replace("[SEP]", "") in text
-        for path in folder.rglob("glue.json"):
-            path.unlink()
-        (tmp_path / "small" / "glue.json").unlink()
+    call(command(folder, "--tasks", "CoLA", "--epochs", "1", runs=(tmp_path / "small", "random-0")),
+         monkeypatch)
+    shown = re.findall(r"CoLA: .*for example (.*) -> ", capsys.readouterr().err)
+    assert len(shown) == 2 and shown[0] != shown[1]
+    text = (folder / "GLUE" / "CoLA" / "train.tsv").read_text().replace(" ", "▁")
+    for pieces in shown:  # the beginning of a sentence of the file: no other pieces give that
+        assert pieces.removeprefix("[CLS]▁").replace("[SEP]", "") in text
 
 
 def test_scores_are_pure_in_run_recipe_rows_and_seed(folder, monkeypatch, capsys):
@@ -208,9 +181,6 @@ def test_what_is_cut_is_said_and_kept(folder, tmp_path, monkeypatch, capsys):
     assert kept["recipe"]["max_len"] == 32
     call(command(folder, *flags, runs=["self-0"]), monkeypatch)
     assert (folder / "self-0" / "glue.json").read_bytes() == before
-    write_task(tmp_path, "RTE", short + short, dev=rows[:1])
-    call(command(folder, *flags, "--max-len", "16", runs=["self-0"]), monkeypatch)
-    assert "of the rows are cut at 16 tokens" in capsys.readouterr().err
     write_task(tmp_path, "RTE", short, dev=[(f"{piece} {piece}", piece, LABELS["RTE"][0])])
     call(command(folder, *flags, runs=["self-0"]), monkeypatch)
     assert "cut" not in capsys.readouterr().err
@@ -240,10 +210,6 @@ def test_all_that_is_kept_of_a_score_can_be_kept_elsewhere(folder, monkeypatch, 
     assert lines[-2:] == scores(folder / "self-0")
     assert {"device", "dtype", "torch", "machine", "commit"} <= set(lines[0])
     assert {len(line["correct"]) for line in lines if line["task"] == "SST-2"} == {20}
-    root = Path(glue.__file__).parent
-    git = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True)
-    commit = lines[0]["commit"].removesuffix("-dirty")
-    assert git.stdout.startswith(commit) and bool(commit) == (root / ".git").exists()
 
 
 @pytest.mark.parametrize("what", ["dtype", "machine"])
@@ -290,8 +256,7 @@ def test_what_a_run_knows_carries_over(folder, tmp_path, monkeypatch, capsys):
         assert run > 90
 
 
-# --------------------------------------------------------------------------------------------------
-# pieces
+# ---- pieces
 
 
 def rows_of(lengths, split=None):
@@ -319,20 +284,6 @@ def test_the_sentence_vector_ignores_padding(pool):
         torch.testing.assert_close(alone[0], expected, rtol=0, atol=1e-5)
 
 
-def test_outputs_come_back_in_the_order_of_the_rows(monkeypatch):
-    rows = rows_of([5, 31, 8, 8, 20, 3, 30])
-    monkeypatch.setattr(glue, "EVAL_TOKENS", 60)
-    seen = []
-
-    def lengths(part):
-        seen.append(len(part))
-        return glue.collate(part, CPU)[2].sum(1, keepdim=True)
-
-    out = glue.over_rows(lengths, rows)
-    assert out.squeeze(1).tolist() == [5, 31, 8, 8, 20, 3, 30]
-    assert sum(seen) == 7 and len(seen) > 1
-
-
 RECIPE = Namespace(epochs=1, batch_size=4, lr=1e-3, embedding_lr=1e-4, warmup_frac=0.1,
                    weight_decay=0.0, clip=1.0)
 HERE = SimpleNamespace(device=CPU, autocast=contextlib.nullcontext)
@@ -345,7 +296,8 @@ def classifier(outputs):
     return glue.Classifier(bert, outputs, "mean")
 
 
-def test_a_regression_is_learned():
+def test_a_regression_is_learned(monkeypatch):
+    monkeypatch.setattr(glue, "EVAL_TOKENS", 60)  # some rows at a time, the longest first
     labels = [float(i % 6) for i in range(30)]
     rows, model = rows_of([6 + i % 5 for i in range(30)]), classifier(1)
     glue.fine_tune(model, rows, labels, Namespace(**{**vars(RECIPE), "epochs": 60}), 1, HERE)
@@ -353,15 +305,6 @@ def test_a_regression_is_learned():
     assert out.shape == (30, 1)
     measured = measure(TASKS["STS-B"], [out], [SimpleNamespace(labels=labels)])
     assert measured["pearson"] > 90 and measured["spearman"] > 90
-
-
-@pytest.mark.parametrize("fit", [glue.fine_tune, glue.fit_head])
-def test_a_frozen_encoder_stays_bit_for_bit_and_a_free_one_does_not(fit):
-    model, rows = classifier(2), rows_of([6 + i % 5 for i in range(20)])
-    before = {n: p.clone() for n, p in model.bert.state_dict().items()}
-    fit(model, rows, [0, 1] * 10, RECIPE, 1, HERE)
-    same = all(torch.equal(before[n], p) for n, p in model.bert.state_dict().items())
-    assert same == (fit is glue.fit_head) and glue.predict(model, rows, HERE).shape == (20, 2)
 
 
 def test_a_frozen_encoder_gives_vectors_of_one_scale():
@@ -455,17 +398,14 @@ def test_what_a_table_is_told_of_a_run(folder, tmp_path):
     assert made.experiment["corpus"] == "c" * 64 and made.experiment["teacher"] == 0
     assert made.experiment["init_from"] == "" and made.experiment["flops_of"] is False
     assert not {"seed", "out", "device", "log_every", "cache"} & set(made.experiment)
-    make_run(tmp_path / "other", tokenizer, 8, init_from="some/where")
-    assert glue.open_run(tmp_path / "other").arm == "other"
-    log = tmp_path / "other" / "log.jsonl"
-    for lines, message in (('{"step": 0}\n', "other has no log.jsonl with an evaluation"),
+    make_run(tmp_path / "rate-15", tokenizer, 8, init_from="x")  # 15 is not its seed
+    assert glue.open_run(tmp_path / "rate-15").arm == "rate-15"
+    log = tmp_path / "rate-15" / "log.jsonl"
+    for lines, message in (('{"step": 0}\n', "15 has no log.jsonl with an evaluation: a run is "),
                            ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version")):
         log.write_text(lines)
         with pytest.raises(UserError, match=message):
-            glue.open_run(tmp_path / "other")
-    log.unlink()
-    with pytest.raises(UserError, match="other has no log.jsonl with an evaluation: a run is its "):
-        glue.open_run(tmp_path / "other")
+            glue.open_run(tmp_path / "rate-15")
 
 
 def test_random_numbers_differ_by_seed_and_task():
@@ -494,8 +434,7 @@ def test_the_rates_follow_the_weights(flags, of_runs, of_random_weights, folder,
     assert (kept["recipe"]["lr"], kept["recipe"]["embedding_lr"]) == of_runs[128]
 
 
-# --------------------------------------------------------------------------------------------------
-# faults and mistakes
+# ---- faults and mistakes
 
 
 def scored(run, count):

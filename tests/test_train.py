@@ -29,21 +29,6 @@ from tests.helpers import (
 )
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("train")
-    write_corpus(folder / "text.txt", documents=300)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def teacher(folder):
-    patch = pytest.MonkeyPatch()
-    call(command(folder, "teacher", "--masking", "random", "--seed", "1"), patch)
-    patch.undo()
-    return folder / "teacher"
-
-
 # ---- resuming
 
 ARMS = {
@@ -89,40 +74,32 @@ def test_a_log_that_was_torn_is_written_anew(lost, folder, tmp_path, monkeypatch
     assert what_was_logged(run) == whole
 
 
-def test_a_run_goes_on_with_the_text_that_it_began_with(folder, tmp_path, monkeypatch, capsys):
-    """It is in the cache, by its hash: the file may be another one by now, or gone."""
-    text = tmp_path / "text.txt"
+def test_a_run_goes_on_with_its_own_text_and_says_what_changed(
+        folder, tmp_path, monkeypatch, capsys):
+    """The text is in the cache, by its hash: the file may be another one by now, or gone."""
+    text, run = tmp_path / "text.txt", tmp_path / "run"
     text.write_bytes((folder / "text.txt").read_bytes())
-    call(command(tmp_path, "run"), monkeypatch)
-    loss = read_log(tmp_path / "run")[-1]["val_loss"]
-    (tmp_path / "run" / "model.pt").rename(tmp_path / "model.pt")
-    text.write_text("something else\n\nand more")
-    call(["train.py", "--resume", tmp_path / "run"], monkeypatch)
-    text.unlink()
-    capsys.readouterr()
-    call(["train.py", "--eval", tmp_path / "run"], monkeypatch)
-    assert f"held-out loss {loss:.4f} nats" in capsys.readouterr().out
-    for cache in tmp_path.glob("cache/*/meta.json"):
-        cache.unlink()
-    line = refused(["train.py", "--eval", tmp_path / "run"], monkeypatch, capsys)
-    assert "if it has moved, say where with --corpus" in line
-    write_corpus(text, documents=200)
-    line = refused(["train.py", "--eval", tmp_path / "run"], monkeypatch, capsys)
-    assert "is another text" in line and "--corpus" in line
-
-
-def test_what_changed_since_a_run_began_is_said(folder, monkeypatch, capsys):
-    run = folder / "moved"
-    call(command(folder, run.name), monkeypatch)
+    call(command(tmp_path, run), monkeypatch)
+    loss, config = read_log(run)[-1]["val_loss"], read_json(run / "config.json")
     (run / "model.pt").unlink()
-    config = read_json(run / "config.json")
     config["starts"][0] |= {"torch": "1.0", "machine": "abacus"}
     write_json(run / "config.json", config)
+    text.write_text("something else\n\nand more")
     capsys.readouterr()
     call(["train.py", "--resume", run], monkeypatch)
     out = capsys.readouterr().out
     assert "(before: abacus)" in out and "(before: 1.0)" in out and "not bit for bit" in out
     assert [start["torch"] for start in read_config(run)["starts"]] == ["1.0", torch.__version__]
+    text.unlink()
+    call(["train.py", "--eval", run], monkeypatch)
+    assert f"held-out loss {loss:.4f} nats" in capsys.readouterr().out
+    for cache in tmp_path.glob("cache/*/meta.json"):
+        cache.unlink()
+    line = refused(["train.py", "--eval", run], monkeypatch, capsys)
+    assert "if it has moved, say where with --corpus" in line
+    write_corpus(text, documents=200)
+    line = refused(["train.py", "--eval", run], monkeypatch, capsys)
+    assert "is another text" in line and "--corpus" in line
 
 
 # ---- starting from a finished run
@@ -160,9 +137,6 @@ def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, mon
     assert loss[2] != loss[0] and f"{teacher} on {folder / 'other.txt'}: held-out loss" in other
     (folder / "short.txt").write_text("\n\n".join(["The model reads every token of it."] * 9))
     assert f"on {folder / 'short.txt'}: held-out loss" in evaluate("--corpus", folder / "short.txt")
-    assert "no such file" in refused(
-        ["train.py", "--eval", teacher, "--corpus", folder / "nowhere"], monkeypatch, capsys)
-
     flags = command(folder, "goes-on", "--seed", "5", "--init-from", teacher)
     flags[2] = folder / "other.txt"
     call(flags, monkeypatch)
@@ -180,7 +154,7 @@ def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, mon
 # ---- a run
 
 
-def test_a_run_leaves_what_the_readme_says(folder, teacher, capsys, monkeypatch):
+def test_a_run_leaves_what_the_readme_says(teacher):
     config, log = read_config(teacher), read_log(teacher)
     assert config["flags"]["masking"] == "random" and config["flags"]["init_frac"] == 0
     assert log[-1]["tokens"] == 24 * 8 * 34 and log[-1]["flops"] == config["flops"]
@@ -197,9 +171,6 @@ def test_a_run_leaves_what_the_readme_says(folder, teacher, capsys, monkeypatch)
     assert len(decayed["params"]) + len(plain["params"]) == len(list(model.parameters()))
     assert not any("norm" in n or "bias" in n for n in names)
     assert torch.equal(model.type_embedding.weight[0], model.type_embedding.weight[1])
-    capsys.readouterr()
-    call(["train.py", "--eval", teacher], monkeypatch)
-    assert f"held-out loss {log[-1]['val_loss']:.4f} nats" in capsys.readouterr().out
 
 
 SECOND = ["pa", "re", "si", "to"]
@@ -260,44 +231,10 @@ def test_high_masks_what_cannot_be_known_and_low_what_can(known, monkeypatch):
 
 def test_arms_with_one_seed_share_weights_data_and_first_masks(folder, teacher, monkeypatch):
     """Self-masking within its random phase is the random arm, bit for bit."""
-    for name, flags in (("a", ["--masking", "random"]), ("b", ["--init-frac", "0.99"])):
-        call(command(folder, f"pair-{name}", "--seed", "1", *flags), monkeypatch)
-    a, b = (read_log(folder / f"pair-{n}") for n in "ab")
-    assert a[:-1] and [x["val_loss"] for x in a if "val_loss" in x] == [
-        x["val_loss"] for x in b if "val_loss" in x]
-    assert what_was_logged(teacher) == what_was_logged(folder / "pair-a")  # and runs repeat
-
-
-def test_all_arms_mask_equally_many(folder, teacher, monkeypatch):
-    rates = set()
-    for arm, flags in {**ARMS, "static": ["--masking", "entropy", "--static"], "mix": [],
-                       "random": ["--masking", "random"]}.items():
-        flags = flags + ["--teacher", teacher] * (arm in ("self", "entropy", "static"))
-        call(command(folder, f"rate-{arm}", *flags, "--steps", "8"), monkeypatch)
-        rates |= {line["masked"]["rate"] for line in read_log(folder / f"rate-{arm}")
-                  if "masked" in line}
-    assert len(rates) == 1
-
-
-def test_static_masks_a_block_alike_in_every_epoch(folder, monkeypatch):
-    """Twelve blocks, four a step: the fourth step begins the second epoch."""
-    seen, choose = [], Strategy.__call__
-    monkeypatch.setattr(Strategy, "__call__", lambda self, tokens, *rest: seen.append(
-        (tokens, choose(self, tokens, *rest))) or seen[-1][1])
-    places = {}
-    for static in (["--static"], []):
-        seen.clear()
-        call(command(folder, f"static-{len(static)}", "--masking", "random", "--batch-size", "4",
-                     "--corpus-tokens", 12 * 32, "--steps", "6", "--eval-every", "0", *static),
-             monkeypatch)
-        epochs = {}
-        for tokens, positions in seen:
-            if len(tokens) == 4:  # an update: the others are held-out blocks
-                for row, where in zip(tokens.tolist(), positions.tolist()):
-                    epochs.setdefault(tuple(row), []).append(where)
-        assert len(epochs) == 12 and all(len(both) == 2 for both in epochs.values())
-        places[bool(static)] = [a == b for a, b in epochs.values()]
-    assert all(places[True]) and sum(places[False]) < 3
+    call(command(folder, "self", "--seed", "1", "--init-frac", "0.99"), monkeypatch)
+    a, b = ([line["val_loss"] for line in read_log(run) if "val_loss" in line]
+            for run in (teacher, folder / "self"))
+    assert a == b and len(a) == 4
 
 
 def test_equal_compute_trains_for_the_flops_of_another_run(folder, monkeypatch):
@@ -343,21 +280,17 @@ def test_without_memory_the_next_command_is_said(folder, capsys, monkeypatch):
 # ---- what is refused
 
 
-@pytest.mark.parametrize("flags", [
-    {"score_input": "error", "pool": 0}, {"positions": "learned"},
-    {"masking": "entropy", "teacher": "x", "distill": "complete", "alpha": 1.0},
-    {"masking": "random", "distill": "after-init", "teacher": "x", "init_frac": 0.1},
-], ids=str)
-def test_right_flags_that_no_run_here_has(flags, teacher):
-    flags = {n: str(teacher) if v == "x" else v for n, v in flags.items()}
-    args = Namespace(**{**train.DEFAULTS, **flags})
-    train.settle(args)
-    train.check_flags(args, set(flags))
+def test_right_flags_that_no_run_here_has(teacher):
+    for flags in ({"score_input": "error", "pool": 0},
+                  {"masking": "random", "distill": "after-init", "teacher": teacher,
+                   "init_frac": 0.1}):
+        args = Namespace(**{**train.DEFAULTS, **flags})
+        train.settle(args)
+        train.check_flags(args, set(flags))
 
 
 @pytest.mark.parametrize("flags, lr", [
-    ({}, 3e-3), ({"size": "mini"}, 1e-3), ({"size": "wide"}, 1e-3),
-    ({"size": "base", "width": 192}, 3e-3), ({"width": 256}, 1e-3),
+    ({}, 3e-3), ({"size": "wide"}, 1e-3), ({"size": "base", "width": 192}, 3e-3),
     ({"size": "small", "lr": 2e-3}, 2e-3)], ids=str)
 def test_the_default_rate_follows_the_width(flags, lr):
     args = Namespace(**{**train.DEFAULTS, "masking": "random", **flags})
@@ -379,17 +312,11 @@ def test_run_folders_are_never_overwritten(folder, teacher, tmp_path, monkeypatc
             command(folder, mine), monkeypatch, capsys)
         (mine / name).unlink()
     (mine / "train.log").write_text("what tee writes")
+    (mine / ".lock").touch()  # a start that was killed before config.json leaves these two
+    (mine / "tokenizer.model").write_bytes(b"half")
     call(command(folder, mine, "--steps", "1"), monkeypatch)
+    assert (mine / "model.pt").exists()
     assert (mine / "train.log").read_text() == "what tee writes"
-
-
-def test_a_start_that_was_killed_before_its_config_is_begun_anew(folder, tmp_path, monkeypatch):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / ".lock").touch()
-    (run / "tokenizer.model").write_bytes(b"half")
-    call(command(folder, run, "--steps", "1"), monkeypatch)
-    assert (run / "model.pt").exists()
 
 
 def test_an_unfinished_run_is_only_resumed_whole_and_unchanged(folder, monkeypatch, capsys):
@@ -445,13 +372,10 @@ def test_output_never_ends_the_work(closed, folder, tmp_path):
     assert closed or "machine: 1 x" in done.stdout
 
 
-def test_help_teaches_every_flag(capsys, monkeypatch):
+def test_help_is_printed(capsys, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         call(["train.py", "--help"], monkeypatch)
-    text = capsys.readouterr().out
-    assert stop.value.code == 0
-    for name in train.DEFAULTS:
-        assert re.search(rf"--(\[no-\])?{name.replace('_', '-')}\b", text), name
+    assert stop.value.code == 0 and "--checkpoint-every" in capsys.readouterr().out
 
 
 def test_a_home_folder_is_expanded():
