@@ -223,13 +223,6 @@ def test_sample_draws_in_proportion_to_entropy():
     assert torch.allclose(shares, torch.tensor([0, 0.1, 0.2, 0.3, 0.4, 0]), atol=0.01)
 
 
-def test_no_special_token_is_chosen_where_all_entropies_are_zero():
-    tokens = rows_of(3, separators=2)
-    for rule in M.SELECT:
-        positions = choose(tokens, 28, torch.zeros(3, T), rule, 0, noise_of(3))
-        assert (tokens.gather(1, positions) >= N_SPECIAL).all(), rule
-
-
 def test_mix_takes_its_random_half_from_outside_the_pool_too():
     """k = 5: the two highest of a pool of ten, and three of the eighteen other tokens."""
     n, k = 20_000, 5
