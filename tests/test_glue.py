@@ -157,6 +157,11 @@ def test_scores_are_pure_in_run_recipe_rows_and_seed(folder, monkeypatch, capsys
     assert "2 tables" in capsys.readouterr().out
     call(command(folder, "--table", "--epochs", "1", runs=["self-0"]), monkeypatch)
     assert "tables" not in capsys.readouterr().out
+    for more, seeds in ([], 2), (["--seeds", "1"], 1):
+        call(command(folder, "--table", "--epochs", "2", *more, runs=["self-0"]), monkeypatch)
+        assert f"fine-tuning seeds: {seeds}\n" in capsys.readouterr().out
+    argv = command(folder, "--table", "--dtype", "bfloat16", runs=["self-0"])
+    assert "nothing is scored yet" in refused(argv, monkeypatch, capsys)
     # Other rows are other scores.
     write_task(folder / "GLUE2", "RTE", [("a b", "c d", LABELS["RTE"][i % 2]) for i in range(12)])
     call(command(folder, *flags[2:], "--tasks", "RTE", "--glue-dir", folder / "GLUE2"), monkeypatch)
@@ -184,20 +189,6 @@ def test_what_is_cut_is_said_and_kept(folder, tmp_path, monkeypatch, capsys):
     write_task(tmp_path, "RTE", short, dev=[(f"{piece} {piece}", piece, LABELS["RTE"][0])])
     call(command(folder, *flags, runs=["self-0"]), monkeypatch)
     assert "cut" not in capsys.readouterr().err
-
-
-def test_a_table_shows_the_scores_that_its_flags_name(folder, monkeypatch, capsys):
-    flags = ["--tasks", "RTE", "--epochs", "1"]
-    call(command(folder, *flags, "--seeds", "2", runs=["random-0"]), monkeypatch)
-    capsys.readouterr()
-    for more, shown in ((["--seeds", "1"], "fine-tuning seeds: 1\n"),
-                        ([], "fine-tuning seeds: 2\n"), (["--dtype", "bfloat16"], None)):
-        argv = command(folder, "--table", *more, runs=["random-0"])
-        if shown is None:
-            assert "nothing is scored yet" in refused(argv, monkeypatch, capsys)
-        else:
-            call(argv, monkeypatch)
-            assert shown in capsys.readouterr().out
 
 
 def test_all_that_is_kept_of_a_score_can_be_kept_elsewhere(folder, monkeypatch, capsys):
