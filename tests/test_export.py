@@ -16,7 +16,7 @@ from data import corpus as corpora
 from data.export import interleave, safetensors
 from data.tokenizer import CLS, MASK, SEP, Tokenizer
 from model import Bert, Shape, load
-from tests.helpers import call, save_run, write_corpus
+from tests.helpers import call, save_run
 
 ENGLISH = """It's a truth universally acknowledged, that a single man in possession of a good
 fortune must be in want of a wife -- isn't it?|
@@ -33,22 +33,19 @@ ODD = [
     "\r\n", *"\t\v\f\u00a0\u2003\u2028\u3000"]
 
 
-def make_run(folder, positions, **shape):
-    source = write_corpus(folder / "text.txt")
-    text = corpora.load(corpora.prepare(str(source), 600, folder / "cache"), 64)
-    torch.manual_seed(0)
-    model = Bert(Shape(600, 3, 128, 64, positions=positions, init_std=0.2, **shape))
-    for name, p in model.named_parameters():  # biases and norms away from 0 and 1
-        if p.dim() < 2:
-            torch.nn.init.normal_(p, mean=1.0 if "norm" in name and "weight" in name else 0.0)
-    return save_run(folder / positions, model, text.tokenizer_path)
-
-
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("export")
-    return {"rotary": make_run(folder, "rotary", rotary_base=100.0),
-            "learned": make_run(folder, "learned")}
+def runs(folder):
+    text = corpora.load(corpora.prepare(str(folder / "text.txt"), 600, folder / "cache"), 64)
+    found = {}
+    for positions in ("rotary", "learned"):
+        torch.manual_seed(0)
+        model = Bert(Shape(600, 3, 128, 64, positions=positions, init_std=0.2))
+        for name, p in model.named_parameters():  # biases and norms away from 0 and 1
+            if p.dim() < 2:
+                is_scale = "norm" in name and "weight" in name
+                torch.nn.init.normal_(p, mean=1.0 if is_scale else 0.0)
+        found[positions] = save_run(folder / positions, model, text.tokenizer_path)
+    return found
 
 
 def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):

@@ -44,10 +44,9 @@ def work(folder, run):
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def folder(folder):
     """A toy corpus, plain and packed, GLUE files, a run, and one that glue.py has scored."""
-    folder, rng = tmp_path_factory.mktemp("faults"), random.Random(0)
-    plain = write_corpus(folder / "text.txt", documents=300).read_bytes()
+    rng, plain = random.Random(0), (folder / "text.txt").read_bytes()
     for name, data in (("a.txt", plain), ("a.gz", gzip.compress(plain)),
                        ("a.zip", packed_zip({"a.txt": plain}))):
         (folder / name).write_bytes(data)
