@@ -61,7 +61,8 @@ def make_run(path, tokenizer, seed=0, width=64, weights=None, **flags):
     copy_token_type(bert.state_dict())
     save_run(path, bert, tokenizer, **{
         **train.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
-    lines = [{"step": 0, "flops": 0, "val_loss": 7.0}, {"step": 10, "flops": 500},
+    lines = [{"step": 0, "tokens": 0, "flops": 0, "flops_with_teacher": 0, "val_loss": 7.0},
+             {"step": 10, "flops": 500},
              {"step": 250, "tokens": 9000, "flops": 1000, "flops_with_teacher": 1000,
               "seconds": 9.5, "val_loss": 4.0}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -459,12 +460,14 @@ def test_what_a_table_is_told_of_a_run(folder, tmp_path):
     assert glue.open_run(tmp_path / "other").arm == "other"
     log = tmp_path / "other" / "log.jsonl"
     for lines, message in (('{"step": 0}\n', "other has no log.jsonl with an evaluation"),
-                           ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version")):
+                           ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version"),
+                           ('{"step": 0, "val_loss": 7.0, "tokens": 1, "flops": "x", '
+                            '"flops_with_teacher": 1}\n', "is damaged, or of another version")):
         log.write_text(lines)
         with pytest.raises(UserError, match=message):
             glue.open_run(tmp_path / "other")
     log.unlink()
-    with pytest.raises(UserError, match="other has no log.jsonl with an evaluation: a run is its "):
+    with pytest.raises(UserError, match="other has no log.jsonl with an evaluation: the whole"):
         glue.open_run(tmp_path / "other")
 
 
