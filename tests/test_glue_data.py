@@ -64,6 +64,8 @@ BAD = {  # what is wrong -> (task, text of train.tsv, the message)
     # What people's own copies have been through.
     "a header for CoLA": ("CoLA", "source\tlabel\tmark\tsentence\ng\t1\t\ta b\n",
                           "line 1: .* is a header, where none"),
+    "pandas' numbers for CoLA": ("CoLA", "0\t1\t2\t3\ng\t1\t\ta b\n",
+                                 "line 1 is a header, where none"),
     "two files in one": ("SST-2", "sentence\tlabel\na\t1\nsentence\tlabel\nb\t1\n",
                          "line 3: .* is a header, where none belongs"),
     "all is quoted": ("SST-2", '"sentence"\t"label"\n"a"\t"1"\n',
