@@ -48,8 +48,12 @@ def read_run(path):
     config, log = read_config(path), read_log(path)
     evaluations = [line for line in log if "val_loss" in line]
     if not evaluations:
-        raise UserError(f"{path} has no log.jsonl with an evaluation: a run is its whole folder")
+        raise UserError(f"{path} has no log.jsonl with an evaluation: the whole folder is needed, "
+                        "and an evaluation that is done")
     try:
+        for line in evaluations:  # are they numbers?
+            sum([line["val_loss"], line["tokens"], line["flops"], line["flops_with_teacher"],
+                 line.get("seconds", 0), line.get("context_gain") or 0])
         flags = config["flags"]
         # A path says nothing: what is compared is the text, how much training is behind the teacher
         # and the weights that were begun with, and that the budget is another run's.

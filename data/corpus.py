@@ -110,13 +110,14 @@ def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
     """Learn the vocabulary, or take that of `tokenizer`, encode the text, and write all of a cache
     folder but its name."""
     parts, characters, sample = sample_paragraphs(paths, corpus)
+    by_name = [f"{parts['valid']:,} held out"] * bool(parts["valid"])
+    by_name += ["test files left out"] * ("test" in parts_of(paths))
     documents = f"documents: {parts.total():,}"
-    if any(parts):
-        documents += f" ({parts['valid']:,} held out by their files' names, test files left out)"
+    documents += f" (by their files' names {' and '.join(by_name)})" * bool(by_name)
     if parts.total() < 2 or not sample:
-        raise UserError(f"--corpus {corpus}: {documents}, files named test left out: too few to "
-                        "train on one and hold out another (one paragraph a line, a blank line "
-                        "between documents)")
+        raise UserError(f"--corpus {corpus}: {documents}: too few to train on one and hold out "
+                        "another (one paragraph a line, a blank line between documents; files "
+                        "named test are left out)")
     if tokenizer:
         shutil.copyfile(tokenizer, folder / "tokenizer.model")
     else:

@@ -36,6 +36,8 @@ def download(urls, size, sha256, target):
         return target
     target.parent.mkdir(parents=True, exist_ok=True)
     part, reasons = target.with_name(target.name + ".part"), []
+    if target.exists():
+        reasons.append(f"{target} is another file")
     with lock_folder(target.parent, wait=f"it downloads {target.name}"):
         if is_whole(target, size, sha256):  # it came while we waited
             return target

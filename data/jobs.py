@@ -78,7 +78,8 @@ def run_jobs(function, jobs, processes, folder_of=lambda job: None):
     with one process: in this one. What function raises is raised here.
 
     The folder of a job is held as long as one of its jobs runs, and until the last value of it was
-    taken. A folder that another command holds is passed over and come back to. None: no folder.
+    taken. A folder that another command holds is passed over and come back to; when all that is
+    left are such folders, this waits for the first of them. None: no folder.
     """
     todo, running, locks = list(jobs), {}, {}
 

@@ -5,7 +5,8 @@
 Each process holds the whole model and takes an equal share of the rows of every batch; gradients
 are averaged (torch's DistributedDataParallel). All draws are functions of the row's number in the
 whole batch, so N processes do what one does with --micro-batch (batch size / N), but for the order
-in which gradients are summed. Process 0 alone writes; several machines need a shared folder.
+in which gradients, and what is learned of vocabulary items, are summed. Process 0 alone writes;
+several machines need a shared folder.
 """
 
 import ctypes

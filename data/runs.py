@@ -78,7 +78,8 @@ def open_earlier(run, finished, typed, defaults, may_change):
     change. -> (Namespace, dict). UserError if they do not, or if there is no such run.
     """
     if not (run / "config.json").exists():
-        raise UserError(f"{run} is not a run folder: it has no config.json")
+        raise UserError(f"{run} is not a run folder: it has no config.json. One that was stopped "
+                        "before it had one is begun anew, without --resume")
     if finished and not (run / "model.pt").exists():
         raise UserError(f"{run} is not finished: continue it with  {resume_command(run)}")
     if not finished and (run / "model.pt").exists():

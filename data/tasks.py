@@ -236,6 +236,8 @@ def parse(name, label, text, official):
                 continue
             raise UserError(f"{label}, line {number}: {width} tab-separated columns were "
                             f"expected, not {len(fields)}")
+        if not first and fields == ["0", "1", "2", "3"]:  # pandas numbers columns without names
+            raise UserError(f"{label}, line {number} is a header, where none belongs: remove it")
         *sentences, value = (fields[c] for c in columns)
         rows.append((number, *sentences, read_label(task, value, f"{label}, line {number}")))
     if malformed:

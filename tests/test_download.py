@@ -94,6 +94,9 @@ def test_a_file_arrives_whole_and_is_not_fetched_twice(server, tmp_path, capsys)
     target.write_bytes(DATA[::-1])
     get(target, server + "good")
     assert target.read_bytes() == DATA and len(Server.seen) == 2
+    target.write_bytes(b"by hand")
+    with pytest.raises(UserError, match="file.zip is another file"):
+        get(target, server + "404")
 
 
 def test_what_was_cut_is_resumed(server, tmp_path):

@@ -57,7 +57,8 @@ def make_run(path, tokenizer, seed=0, width=64, weights=None, **flags):
     copy_token_type(bert.state_dict())
     save_run(path, bert, tokenizer, **{
         **train.DEFAULTS, "seed": seed, "seq_len": 32, "width": width, **flags})
-    lines = [{"step": 0, "flops": 0, "val_loss": 7.0}, {"step": 10, "flops": 500},
+    lines = [{"step": 0, "tokens": 0, "flops": 0, "flops_with_teacher": 0, "val_loss": 7.0},
+             {"step": 10, "flops": 500},
              {"step": 250, "tokens": 9000, "flops": 1000, "flops_with_teacher": 1000,
               "seconds": 9.5, "val_loss": 4.0}]
     (path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -392,8 +393,10 @@ def test_what_a_table_is_told_of_a_run(folder, tmp_path):
     make_run(tmp_path / "rate-15", tokenizer, 8, init_from="x")  # 15 is not its seed
     assert glue.open_run(tmp_path / "rate-15").arm == "rate-15"
     log = tmp_path / "rate-15" / "log.jsonl"
-    for lines, message in (('{"step": 0}\n', "15 has no log.jsonl with an evaluation: a run is "),
-                           ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version")):
+    for lines, message in (('{"step": 0}\n', "15 has no log.jsonl with an evaluation: the whole"),
+                           ('{"step": 0, "val_loss": 7.0}\n', "is damaged, or of another version"),
+                           ('{"step": 0, "val_loss": 7.0, "tokens": 1, "flops": "x", '
+                            '"flops_with_teacher": 1}\n', "is damaged, or of another version")):
         log.write_text(lines)
         with pytest.raises(UserError, match=message):
             glue.open_run(tmp_path / "rate-15")

@@ -62,6 +62,8 @@ BAD = {  # what is wrong -> (task, text of train.tsv, the message)
     # What people's own copies have been through.
     "a header for CoLA": ("CoLA", "source\tlabel\tmark\tsentence\ng\t1\t\ta b\n",
                           "line 1: .* is a header, where none"),
+    "pandas' numbers for CoLA": ("CoLA", "0\t1\t2\t3\ng\t1\t\ta b\n",
+                                 "line 1 is a header, where none"),
     "all is quoted": ("SST-2", '"sentence"\t"label"\n"a"\t"1"\n',
                       "line 1: a header .* in quote marks, as a spreadsheet .*QUOTE_NONE"),
     "a spreadsheet's commas": ("CoLA", 'g\t1\t\tno comma\n' + 'g\t1\t\t"a, b."\n' * 3,

@@ -25,8 +25,9 @@ def make_run(folder, losses, tokenizer="t", entropy=6.0, gains=(), **flags):
     """A run that was evaluated every 1000 tokens, but where its loss is None."""
     write_config(folder, {**DEFAULTS, "seed": int(folder.name.rpartition("-")[2]), **flags},
                  tokenizer, entropy)
-    lines = [{"step": i, "tokens": 1000 * i, "val_loss": loss} if loss else
-             {"step": i, "tokens": 1000 * i, "train_loss": 9.0} for i, loss in enumerate(losses)]
+    lines = [{"step": i, "tokens": 1000 * i, "flops": 0, "flops_with_teacher": 0,
+              **({"val_loss": loss} if loss else {"train_loss": 9.0})}
+             for i, loss in enumerate(losses)]
     for line, gain in zip(lines, gains):
         line["context_gain"] = gain
     (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -278,11 +278,11 @@ def print_tables(full, found, cut):
         [" - ".join(contrast), *(show(compare(pairs, of)) for of in SECONDARY.values())]
         for contrast, pairs in full.items()]))
     for (contrast, pairs), name in product(full.items(), ("teacher_sha256", "dtype")):
-        values = sorted({run[name] for run, _ in pairs.values()})
-        for value in values if len(values) > 1 else []:  # those of each apart
+        values = {run[name] for run, _ in pairs.values()} - {""}
+        for value in sorted(values) if len(values) > 1 or name == "teacher_sha256" else []:
             own = {s: pair for s, pair in pairs.items() if pair[0][name] == value}
-            print(f"{' - '.join(contrast)}, {name.partition('_')[0]} {value[:8]}, {len(own)} seeds: "
-                  + show(compare(own)))
+            print(f"{' - '.join(contrast)}, {name.partition('_')[0]} {value[:8]}, {len(own)} "
+                  f"seeds: {show(compare(own))}")
 
 
 def draw(full, found, path):
