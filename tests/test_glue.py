@@ -299,6 +299,15 @@ def test_a_regression_is_learned(monkeypatch):
     assert measured["pearson"] > 90 and measured["spearman"] > 90
 
 
+@pytest.mark.parametrize("fit", [glue.fine_tune, glue.fit_head])
+def test_a_frozen_encoder_stays_bit_for_bit_and_a_free_one_does_not(fit):
+    model, rows = classifier(2), rows_of([6 + i % 5 for i in range(20)])
+    before = {n: p.clone() for n, p in model.bert.state_dict().items()}
+    fit(model, rows, [0, 1] * 10, RECIPE, 1, HERE)
+    same = all(torch.equal(before[n], p) for n, p in model.bert.state_dict().items())
+    assert same == (fit is glue.fit_head) and glue.predict(model, rows, HERE).shape == (20, 2)
+
+
 def test_a_frozen_encoder_gives_vectors_of_one_scale():
     """fit_head by hand: one step on standardised vectors, then the scale goes into the layer."""
     rows, labels = rows_of([6, 9, 12, 7]), torch.tensor([0, 1, 1, 0])

@@ -130,6 +130,40 @@ def test_block_equals_torch_encoder_layer():
     assert torch.allclose(actual[attend], expected[attend], atol=1e-5)
 
 
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_padding_changes_nothing(positions):
+    model = make(positions=positions).eval()
+    tokens = tokens_of(2, 20)
+    attend = torch.ones(2, 20, dtype=torch.bool)
+    attend[:, 14:] = False
+    other = tokens.clone()
+    other[:, 14:] = 77
+    with torch.no_grad():
+        padded = model(tokens, attend=attend)[:, :14]
+        assert torch.equal(padded, model(other, attend=attend)[:, :14])
+        assert torch.allclose(padded, model(tokens[:, :14]), atol=1e-5)
+
+
+def test_head_is_tied_and_names_are_unique():
+    model, tokens = make().eval(), torch.arange(10, 18)[None]
+    with torch.no_grad():
+        before = model(tokens)
+        model.token_embedding.weight[9] += 1.0  # no input, but an output
+        after = model(tokens)
+    assert (before != after).any(0).any(0).nonzero().tolist() == [[9]]
+    assert sum("token_embedding" in n for n in model.state_dict()) == 1
+    assert not any("decoder" in n for n in model.state_dict())
+
+
+def test_dropout_is_off_in_eval():
+    model = make(dropout=0.5)
+    tokens = tokens_of(2, 16)
+    with torch.no_grad():
+        assert not torch.equal(model(tokens), model(tokens))
+        model.eval()
+        assert torch.equal(model(tokens), model(tokens))
+
+
 def test_rotary_logits_depend_on_distance_alone_and_start_local():
     model = make(local_start=1.0)
     for block in model.blocks:

@@ -87,6 +87,13 @@ def test_every_key_of_the_log_is_explained(folder, monkeypatch):
             assert f"`{key}`" in explained or f".{key}`" in explained, key
 
 
+def test_pages_are_narrow_and_have_no_gaps():
+    for page in PAGES:
+        text = page.read_text()
+        assert not re.search("{{|FORMATS|GAP|TODO", text), page.name
+        assert not [line for line in text.splitlines() if len(line) > 120], page.name
+
+
 def test_your_own_strategy_works_as_it_says():
     code = re.search(r"```python\n# masking.py, at its end\n(.*?)```", README, re.S)[1]
     names = dict(vars(masking))
