@@ -42,7 +42,8 @@ stop_mps() {
 
 learned() {
     # All cores encode the text before the runs, which have one thread each, ask for it.
-    part text 150 "$PYTHON" -c "from data.corpus import prepare; import sys; prepare(sys.argv[1], 8192)" "$CORPUS"
+    part text 150 "$PYTHON" -c "import os, sys; from data.corpus import prepare
+prepare(sys.argv[1], 8192, 'data/cache', os.cpu_count())" "$CORPUS"
     start_mps
     # Without graphs a step of `tiny` is bound by its launches. Nine runs compile at the same time.
     part learned "${LEARNED_SECONDS:-420}" env JOBS="${JOBS:-9}" FLAGS="${FLAGS---compile}" \
