@@ -440,7 +440,8 @@ def main():
         loss, H = log[-1]["val_loss"], text.unigram_entropy
         print(f"{args.out}: held-out loss {loss:.3f} nats, unigram entropy {H:.3f} "
               f"({loss - H:+.2f}); {about_context(log)}\nwhat each rule masks:  "
-              f'python -m data.inspection {shlex.quote(args.out)} "The function returns an array."')
+              f'python -m data.inspection {shlex.quote(args.out)} "'
+              'If the input is not a tensor, the function raises an error."')
 
 
 # --------------------------------------------------------------------------------------------------
@@ -494,7 +495,7 @@ FLAGS = {
          "(self: 0.15, else 0)"),
         ("static", False, None, "a block is masked at the same places in every epoch"),
         ("mask-rate", 0.15, "above 0 and at most 1", "share of the tokens that are masked"),
-        ("mask-rate-end", None, "above 0 and at most 1", "reached linearly (default: constant)"),
+        ("mask-rate-end", None, "above 0 and at most 1", "approached linearly (default: constant)"),
     ],
     "Distillation": [
         ("distill", "off", ("off", "complete", "after-init"), "learn from the --teacher, too: "
@@ -645,7 +646,8 @@ def parse_args(argv=None):
     settle(args)
     if evaluated or resume is not None:  # --resume alone means the run at --out
         run = Path(evaluated or resume or args.out).expanduser()
-        args, earlier = open_earlier(run, bool(evaluated), typed, DEFAULTS, MAY_CHANGE)
+        chosen = {n: v for n, v in PRESETS[preset or "laptop"].items() if n not in MAY_CHANGE}
+        args, earlier = open_earlier(run, bool(evaluated), chosen | typed, DEFAULTS, MAY_CHANGE)
     check_ranges(args, FLAGS)
     if not evaluated:
         check_flags(args, set() if earlier else set(typed))
