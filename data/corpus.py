@@ -28,7 +28,7 @@ from data.text import find_files, parts_of, read_documents
 from data.tokenizer import CLS, MASK, N_SPECIAL, PAD, SEP, UNK, Tokenizer, train_tokenizer
 
 FORMAT = 3  # raise it when the same text would give other tokens: caches are then built anew
-MIN_DOCUMENT = 16  # tokens; shorter ones share a [SEP], so that >= 16/17 of a block is maskable
+MIN_DOCUMENT = 16  # tokens; shorter ones share a [SEP], so that some 16/17 of a block are maskable
 VALID_EVERY = 50  # one document in 50 is held out: 2 %
 TOKENIZER_SAMPLE = 16_000_000  # characters; beyond this a BPE vocabulary hardly changes
 ENCODE_BATCH = 2_000_000  # characters that are encoded at once
@@ -37,15 +37,15 @@ PARTS = ("train.bin", "valid.bin", "tokenizer.model")
 
 def sample_paragraphs(paths, corpus):
     """Pass 1 -> (number of documents of each part, number of characters, paragraphs for the
-    tokenizer).
+    tokenizer, was a test file left out?).
 
     Keeps every m-th document; when the sample outgrows its size, every second one is dropped and
     m doubles. So it is spread evenly over a corpus whose size is not known beforehand.
     """
     characters = kept_characters = 0
-    stride, kept, parts = 1, [], Counter()
+    stride, kept, parts, left_out = 1, [], Counter(), []
     with progress(desc="reading", unit=" characters") as bar:
-        for part, document in read_documents(paths, corpus):
+        for part, document in read_documents(paths, corpus, left_out):
             size = sum(map(len, document))
             if parts.total() % stride == 0 and part != "valid":
                 kept.append(document)
@@ -56,7 +56,7 @@ def sample_paragraphs(paths, corpus):
             parts[part] += 1
             characters += size
             bar.update(size)
-    return parts, characters, list(chain.from_iterable(kept))
+    return parts, characters, list(chain.from_iterable(kept)), bool(left_out)
 
 
 def batches(documents):
@@ -109,9 +109,9 @@ def encode_documents(paths, corpus, tokenizer, parts, characters, folder, thread
 def build(corpus, paths, vocab_size, key, folder, threads, tokenizer):
     """Learn the vocabulary, or take that of `tokenizer`, encode the text, and write all of a cache
     folder but its name."""
-    parts, characters, sample = sample_paragraphs(paths, corpus)
+    parts, characters, sample, tests = sample_paragraphs(paths, corpus)
     by_name = [f"{parts['valid']:,} held out"] * bool(parts["valid"])
-    by_name += ["test files left out"] * ("test" in parts_of(paths))
+    by_name += ["test files left out"] * tests
     documents = f"documents: {parts.total():,}"
     documents += f" (by their files' names {' and '.join(by_name)})" * bool(by_name)
     if parts.total() < 2 or not sample:

@@ -117,15 +117,17 @@ def open_texts(path):
             yield "", f
 
 
-def read_documents(paths, corpus=""):
+def read_documents(paths, corpus="", left_out=None):
     """Yield (part, document): train, valid, or "" where we choose; and a list of paragraphs. Test
-    files are left out."""
+    files are left out; their names are added to `left_out`, a list."""
     for path, part in zip(paths, parts_of(paths)):
         where = path
         try:
             for name, file in open_texts(path):
                 where, its_part = f"{path}, {name}," if name else path, part_of(name) or part
                 if its_part == "test":
+                    if left_out is not None:
+                        left_out.append(where)
                     continue
                 read = read_wikitext if corpus in NAMED else read_paragraphs
                 for document in read(check_lines(where, file)):
