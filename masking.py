@@ -17,7 +17,7 @@ Method: Srinivasagan, Hartung, Georges, "Entropy-aware Masking for Masked Langua
 
 See what each strategy does to a sentence, with the model of a run that train.py has finished:
 
-    python -m data.inspection runs/self-0 "The function returns a new array."
+    python -m data.inspection runs/self-0 "If the input is not a tensor, it raises an error."
 
 Shapes: B rows, T tokens a row, c candidates a row, k masked tokens a row, V vocabulary.
 `places` (B, c) are where somebody is asked, `positions` (B, k) where tokens are masked.

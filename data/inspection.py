@@ -1,7 +1,7 @@
 """What a strategy masks: as numbers for the log, in the terminal, and as a page.
 
-    python -m data.inspection runs/self-0 "The function returns a new array."
-    python -m data.inspection runs/self-0 "The function returns a new array." --html page.html
+    python -m data.inspection runs/self-0 "If the input is not a tensor, it raises an error."
+    python -m data.inspection RUN "SENTENCE" --html page.html
 
 masking.py decides, this file looks. The *exact* entropy of a token is that of the model's
 prediction where this token alone is masked: what the cheaper scores stand for, at the price of one
@@ -264,7 +264,8 @@ def main():
         write_atomic(page, html_page(rows, run).encode(errors="replace"))
     print(f"{sum(row['masked']['random'] for row in rows)} of {len(rows)} tokens masked. Entropies "
           "in nats: each token masked alone (so are the guesses); a random pool of\ntwice as many "
-          "as are masked, all masked at once (high to mix choose by it); the unmasked text.\n"
+          "as are masked, all masked at once (high to mix choose by it, mix only half of its\n"
+          "tokens); the unmasked text.\n"
           "● says that a strategy masks the token; guesses stand where one does.")
     print_rows(rows)
 
