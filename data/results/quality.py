@@ -210,7 +210,7 @@ def choose_last(full, cut=()):
     means = {arm: compare({seed: full[arm, control][seed] for seed in SIX})["difference"]
              for arm, control in rules.items()}
     best = max(means, key=means.get)
-    rule = best if means[best] >= means["error"] + 0.2 else "error"
+    rule = best if means[best] >= means.get("error", -math.inf) + 0.2 else "error"
     said = ", ".join(f"{arm} {mean:+.2f}" for arm, mean in means.items())
     return f"Means of seeds 10 to 15: {said}. The last test: " + (
         "none, all are below -0.3." if means[best] < -0.3 else f"{rule}-fall.")
