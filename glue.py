@@ -302,7 +302,8 @@ def open_runs(paths, skip):
 
 
 def random_weights(runs, cache):
-    """What the runs were before their first update: a Model for each shape, tokenizer and seed."""
+    """What a run is before its first update, without --init-from: a Model for each shape, tokenizer
+    and seed of these runs."""
     models = {}
     for run in runs:
         key = sha256_json({"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256,

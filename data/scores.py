@@ -1,8 +1,8 @@
 """Scores of models -> tables in which arms (data/arms.py) are compared seed by seed.
 
 Two arms are paired by pretraining seed: runs of one seed share initial weights, order of the text
-and fine-tuning seeds. Random weights are an arm like every other, of what the runs were before
-their first update.
+and fine-tuning seeds. Random weights are an arm like every other, of what a run is before its first
+update (without --init-from).
 
 A score is in points: 100 times a metric, or times the mean of a task's metrics.
 """
