@@ -286,6 +286,7 @@ def test_the_table_by_hand(tmp_path, capsys):
         "12", "+5.00 [+1.68, +8.32]", "[+2.29, +7.71]", "0.0069", "0.0312", "0.2078", "2.81",
         "1.40", "1.40", "-", "-"]
     assert "\nself: inconclusive\nerror: gain\n" in out and "entropy-distill:" not in out
+    assert "\nBy the means, self is above longer.\n" in out
     # Five of 10, one of -10: mean 3.33, error sqrt((600 - 133.3) / 11 / 12) = 1.880, t 1.773. It is
     # the larger p of self, and the second of Holm's three: twice.
     assert cells(out, "self", "longer")[:6] == [
@@ -317,8 +318,10 @@ def test_seeds_of_no_plan_are_shown_apart(tmp_path, capsys):
 @pytest.mark.parametrize("change, said", [
     ({"dtype": "bfloat16"}, "error - random, seed 12: left out, for another dtype"),
     ({"scores": run("error", 12, 7)["scores"][1:]},
+     "error - random, seed 12: left out, for want of scores"),
+    ({"scores": 2 * run("error", 12, 7)["scores"]},
      "error - random, seed 12: left out, for another fine-tunings"),
-    ({"machine": "theirs"}, "error - random, seed 12: not of one processor")])
+    ({"machine": "theirs"}, "error - random, not of one processor: seeds 12")])
 def test_pairs_that_cannot_be_compared_are_named(change, said, tmp_path, capsys):
     some = [{**line, **change} if line["run"] == "error-12" else line for line in lines()]
     out = printed(some, tmp_path, capsys)
@@ -354,6 +357,7 @@ def test_a_run_that_diverged_counts_as_its_random_weights(tmp_path, capsys):
             for line in lines()]
     out = printed(some, tmp_path, capsys)  # nine of 10, two of 0, and -10
     assert cells(out, "error", "random")[:2] == ["12", "+6.67 [+2.53, +10.81]"]
+    assert "error-21 diverged: it counts with the scores of its random weights" in out
 
 
 def test_a_line_of_another_commit_is_refused(tmp_path, monkeypatch, capsys):
@@ -382,10 +386,21 @@ def test_a_difference_is_told_as_steps_where_longer_is_surely_better(tmp_path, c
     some = [run("longer", line["seed"], 7 - (line["seed"] == 10), flops=140)
             if line["arm"] == "longer" else line for line in lines()]
     # 9.17 points for 0.487 doublings: 7.5 are worth 2^(0.487 x 7.5 / 9.17) = 1.32 times the steps.
-    said = cells(printed(some, tmp_path, capsys), "error", "random")[-1]
+    out = printed(some, tmp_path, capsys)
+    said = cells(out, "error", "random")[-1]
     value, low, high = map(float, said.replace("[", "").replace("]", "").replace(",", "").split())
     assert value == pytest.approx(2 ** (0.48687 * 7.5 / 9.16667), abs=0.005)
     assert low < 1.25 < 1.4 < high
+    assert cells(out, "longer", "random")[-1] == "-"
+    # An arm of fewer seeds: longer must be better by those, and by all. First it is not better on
+    # seed 10, then on these three alone: 10 points of three, 2.5 of all, with an error of 1.3.
+    double = [run("double", seed, 8) for seed in (10, 11, 12)]
+    of_three = [run("longer", seed, 6 + (seed < 13)) for seed in FIRST]
+    for longer in ([], of_three):
+        kept = [line for line in some if line["arm"] != "longer" or not longer]
+        out = printed([*kept, *longer, *double], tmp_path, capsys)
+        assert cells(out, "double", "random")[0] == "3"
+        assert cells(out, "double", "random")[-1] == "-"
     some = [line for line in some if line["run"] != "longer-21"]  # not full: nothing of it is shown
     assert cells(printed(some, tmp_path, capsys), "error", "random")[-1] == "-"
 
@@ -408,8 +423,8 @@ def test_the_rule_of_the_last_test_is_chosen_by_six_seeds(best, chosen):
 
 @pytest.mark.parametrize("p, difference, smallest, said", [
     (0.04, 4.5, 1.0, "gain"), (0.04, 4.5, 9.0, "gain, too small to matter"),
-    (0.04, -4.5, 1.0, "loss"), (0.06, 4.5, 1.0, "inconclusive"), (0.06, 1.0, 4.5, "inconclusive"),
-    (0.06, 1.0, 4.7, "no gain that matters")])
+    (0.04, -4.5, 1.0, "no gain that matters, a loss"), (0.06, 4.5, 1.0, "inconclusive"),
+    (0.06, 1.0, 4.5, "inconclusive"), (0.06, 1.0, 4.7, "no gain that matters")])
 def test_the_verdict_knows_the_smallest_effect(p, difference, smallest, said, monkeypatch):
     monkeypatch.setattr(quality, "SMALLEST", smallest)
     result = {"difference": difference, "seed_error": 2.0, "seeds": range(12)}

@@ -66,8 +66,8 @@ SECONDARY = {
     "STS-B": partial(points, what="STS-B spearman"),
     "frozen encoder": partial(points, freeze=True),
     "20 000 rows": partial(points, max_train=20_000, epochs=3, freeze=False),
-    "loss (nats)": lambda line: line.get("val_loss"),
-    **{f"of the {bin}": lambda line, bin=bin: line["bins"].get(bin, (0, None))[1] for bin in (
+    "loss (nats: lower is better)": lambda line: line.get("val_loss"),
+    **{f"loss, {bin}": lambda line, bin=bin: line["bins"].get(bin, (0, None))[1] for bin in (
         "100 most frequent", "1000 times or more", "100 times or more", "less often")}}
 
 
@@ -135,7 +135,8 @@ def read_lines(path):
         if arms.setdefault(line["arm"], {}).setdefault(line["seed"], line) is not line:
             raise UserError(f"{path}: {line['run']} is there twice")
     for line in [line for runs in arms.values() for line in runs.values()]:
-        if not line.get("finished", True):  # it diverged: it counts as what it began with
+        if not line.get("finished", True):
+            print(f"{line['run']} diverged: it counts with the scores of its random weights")
             line["scores"] = arms.get(RANDOM_WEIGHTS, {}).get(line["seed"], line)["scores"]
     return arms
 
@@ -153,17 +154,19 @@ def differing(pair):
 
 def pairs_of(arms, contrast):
     """{seed: (run, its control)} of all pairs that may be compared; prints which may not."""
-    (ours, theirs), pairs = (arms.get(arm, {}) for arm in contrast), {}
+    (ours, theirs), pairs, mixed = (arms.get(arm, {}) for arm in contrast), {}, []
     for seed in sorted(ours.keys() & theirs.keys()):
         pair = ours[seed], theirs[seed]
-        names = differing(pair) or ["scores"] * any(points(run) is None for run in pair)
+        names = ["scores"] * any(points(run) is None for run in pair) or differing(pair)
         if names:
             print(f"{' - '.join(contrast)}, seed {seed}: left out, for "
                   f"{'want of' if names == ['scores'] else 'another'} {', '.join(names)}")
             continue
         pairs[seed] = pair
         if len({e["machine"] for run in pair for e in (run, *run["scores"])}) > 1:
-            print(f"{' - '.join(contrast)}, seed {seed}: not of one processor")
+            mixed.append(str(seed))
+    if mixed:
+        print(f"{' - '.join(contrast)}, not of one processor: seeds {', '.join(mixed)}")
     return pairs
 
 
@@ -196,7 +199,9 @@ def verdict(arm, found, p):
     last = found[arm, CONFIRMATORY[arm][-1]]
     small = ninety(last)[1] < SMALLEST
     if p[arm] < 0.05:
-        return "gain" + ", too small to matter" * small if last["difference"] > 0 else "loss"
+        if last["difference"] < 0:
+            return "no gain that matters, a loss"
+        return "gain" + ", too small to matter" * small
     return "no gain that matters" if small else "inconclusive"
 
 
@@ -218,7 +223,12 @@ def choose_last(full, cut=()):
 
 def as_steps(pairs, longer_pairs):
     """What a difference to random is worth as steps of random masking -> the ratio and its interval
-    by leaving out one seed at a time, as words; - where longer is not surely better."""
+    by leaving out one seed at a time, as words; - where longer is not surely better, by all of its
+    seeds and by those of this arm. (By three seeds that alone would be luck too often.)"""
+    for seeds in (longer_pairs, longer_pairs.keys() & pairs.keys()):
+        r = compare({seed: longer_pairs[seed] for seed in seeds})
+        if not r or r["low"] is None or r["low"] <= 0 or pairs is longer_pairs:
+            return "-"
     both = {seed: tuple(points(a) - points(b) for a, b in (longer_pairs[seed], pairs[seed]))
             for seed in pairs.keys() & longer_pairs.keys()}
 
@@ -226,9 +236,6 @@ def as_steps(pairs, longer_pairs):
         longer, ours = (statistics.fmean(both[seed][i] for seed in seeds) for i in (0, 1))
         return DOUBLINGS * ours / longer
 
-    r = paired({s: x for s, (x, _) in both.items()}, dict.fromkeys(both, 0.0))
-    if not r or r["low"] is None or r["low"] <= 0:
-        return "-"
     value, n = doublings(both), len(both)
     each = [doublings([s for s in both if s != left_out]) for left_out in both]
     half = t_quantile(n - 1) * math.sqrt((n - 1) / n * sum(
@@ -250,6 +257,16 @@ def show(r):
     return "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**r)
 
 
+def show_p(p):
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
+def show_secondary(pairs, measure):
+    """The same of a secondary endpoint, with the number of pairs that have it, if not all do."""
+    r = compare(pairs, measure)
+    return show(r) + (f" (n {len(r['seeds'])})" if r and len(r["seeds"]) < len(pairs) else "")
+
+
 def print_tables(full, found, cut):
     p = confirm(found)
     rows = ["arm,control,n,difference [95 %],[90 %],p (not corrected),sign flip,p (Holm),"
@@ -260,7 +277,7 @@ def print_tables(full, found, cut):
             by_recipe(run, RECIPE) for run in pair))], PRIMARY)
         rows.append([
             arm, control, str(len(pairs)), show(r), "[{:+.2f}, {:+.2f}]".format(*ninety(r)),
-            f"{r['p_t']:.4f}", f"{r['p_sign_flip']:.4f}", f"{p[arm]:.4f}" if tested else "-",
+            show_p(r["p_t"]), show_p(r["p_sign_flip"]), show_p(p[arm]) if tested else "-",
             f"{math.hypot(r['seed_error'], over_rows):.2f}", flops(pairs, "flops"),
             flops(pairs, "flops", "teacher_flops"), flops(pairs, "seconds"),
             as_steps(pairs, full.get(("longer", "random"), {})) if control == "random" else "-"])
@@ -268,6 +285,11 @@ def print_tables(full, found, cut):
     for arm, controls in CONFIRMATORY.items():
         if all((arm, control) in full for control in controls):
             print(f"{arm}: {verdict(arm, found, p)}")
+    if {("self", "random"), ("longer", "random")} <= full.keys():
+        ours, longer = (found[arm, "random"]["difference"] for arm in ("self", "longer"))
+        print("By the means, self is " + (
+            "below random." if ours < 0 else "above longer." if ours > longer
+            else "between random and longer."))
     if ("self", "random") in full:
         claim = 0.05 * statistics.fmean(points(run) for _, run in full["self", "random"].values())
         known = found["self", "random"]["high"] < claim
@@ -275,8 +297,8 @@ def print_tables(full, found, cut):
               + ("refuted here" if known else "not refuted") + " for self.")
     print(choose_last(full, cut))
     print("\n" + grid([["difference [95 %]", *SECONDARY]] + [
-        [" - ".join(contrast), *(show(compare(pairs, of)) for of in SECONDARY.values())]
-        for contrast, pairs in full.items()]))
+        [" - ".join(contrast), *(show_secondary(pairs, of) for of in SECONDARY.values())]
+        for contrast, pairs in full.items()]) + "\n")
     for (contrast, pairs), name in product(full.items(), ("teacher_sha256", "dtype")):
         values = {run[name] for run, _ in pairs.values()} - {""}
         for value in sorted(values) if len(values) > 1 or name == "teacher_sha256" else []:
@@ -313,6 +335,9 @@ def main():
         return check(args.file, commit())
     if not args.file.exists():
         raise UserError(f"{args.file} is not there: bash data/results/replicate.sh makes one")
+    cut = [name for name in args.cut.split(",") if name]
+    if unknown := set(cut) - RULES.keys():
+        raise UserError(f"--cut {', '.join(unknown)}: the rules are {', '.join(RULES)}")
     arms, full, others = read_lines(args.file), {}, [["of no plan", "n", "difference [95 %]"]]
     for contrast, seeds in CONTRASTS.items():
         pairs = pairs_of(arms, contrast)
@@ -325,7 +350,7 @@ def main():
             others.append([" - ".join(contrast), str(len(rest)), show(compare(rest))])
     found = {contrast: compare(pairs) for contrast, pairs in full.items()}
     if full:
-        print_tables(full, found, args.cut.split(","))
+        print_tables(full, found, cut)
     if ("random", RANDOM_WEIGHTS) in full and len(full) > 1:
         draw(full, found, args.file.with_suffix(".svg"))
     if others[1:]:
