@@ -323,9 +323,11 @@ def test_seeds_of_no_plan_are_shown_apart(tmp_path, capsys):
      "error - random, seed 12: left out, for another fine-tunings"),
     ({"machine": "theirs"}, "error - random, not of one processor: seeds 12")])
 def test_pairs_that_cannot_be_compared_are_named(change, said, tmp_path, capsys):
-    some = [{**line, **change} if line["run"] == "error-12" else line for line in lines()]
+    some = [{**line, **change, "seconds": 9} if line["run"] == "error-12" else {
+        **line, "seconds": 2} for line in lines()]
     out = printed(some, tmp_path, capsys)
     assert said in out and (cells(out, "error", "random") is None) == ("left out" in said)
+    assert "left out" in said or cells(out, "error", "random")[9] == "1.00"  # of one processor
 
 
 def test_the_seeds_of_each_number_format_have_their_mean_too(tmp_path, capsys):

@@ -273,13 +273,15 @@ def print_tables(full, found, cut):
             "joint error,FLOPs,with teacher,time,as steps".split(",")]
     for (arm, control), pairs in full.items():
         r, tested = found[arm, control], control in CONFIRMATORY.get(arm, ())
+        of_one_processor = {seed: pair for seed, pair in pairs.items()
+                            if pair[0]["machine"] == pair[1]["machine"]}
         over_rows = row_error([scores for pair in pairs.values() for scores in zip(*(
             by_recipe(run, RECIPE) for run in pair))], PRIMARY)
         rows.append([
             arm, control, str(len(pairs)), show(r), "[{:+.2f}, {:+.2f}]".format(*ninety(r)),
             show_p(r["p_t"]), show_p(r["p_sign_flip"]), show_p(p[arm]) if tested else "-",
             f"{math.hypot(r['seed_error'], over_rows):.2f}", flops(pairs, "flops"),
-            flops(pairs, "flops", "teacher_flops"), flops(pairs, "seconds"),
+            flops(pairs, "flops", "teacher_flops"), flops(of_one_processor, "seconds"),
             as_steps(pairs, full.get(("longer", "random"), {})) if control == "random" else "-"])
     print("\n" + grid(rows) + "\n")
     for arm, controls in CONFIRMATORY.items():
