@@ -136,7 +136,9 @@ def read_lines(path):
             raise UserError(f"{path}: {line['run']} is there twice")
     for line in [line for runs in arms.values() for line in runs.values()]:
         if not line.get("finished", True):
-            print(f"{line['run']} diverged: it counts with the scores of its random weights")
+            missing = line["seed"] not in arms.get(RANDOM_WEIGHTS, {})
+            print(f"{line['run']} diverged: it counts with the scores of its random weights"
+                  + ", which are missing" * missing)
             line["scores"] = arms.get(RANDOM_WEIGHTS, {}).get(line["seed"], line)["scores"]
     return arms
 
@@ -209,6 +211,8 @@ def choose_last(full, cut=()):
     """Which rule the last test gives a falling rate, by seeds 10 to 15 (plan.md) -> in words. Those
     that were `cut` from the comparison are left out."""
     rules = {arm: control for arm, control in RULES.items() if arm not in cut}
+    if not rules:
+        return "All rules of the last test are cut."
     missing = [f"{arm} - {control}" for arm, control in rules.items() if (arm, control) not in full]
     if missing:
         return f"The rule of the last test is chosen when these are full: {', '.join(missing)}."
@@ -273,15 +277,15 @@ def print_tables(full, found, cut):
             "joint error,FLOPs,with teacher,time,as steps".split(",")]
     for (arm, control), pairs in full.items():
         r, tested = found[arm, control], control in CONFIRMATORY.get(arm, ())
-        of_one_processor = {seed: pair for seed, pair in pairs.items()
-                            if pair[0]["machine"] == pair[1]["machine"]}
+        timed = {seed: (a, b) for seed, (a, b) in pairs.items()  # by one processor; "/": of two
+                 if a["machine"] == b["machine"] and "/" not in a["machine"] and a.get("seconds")}
         over_rows = row_error([scores for pair in pairs.values() for scores in zip(*(
             by_recipe(run, RECIPE) for run in pair))], PRIMARY)
         rows.append([
             arm, control, str(len(pairs)), show(r), "[{:+.2f}, {:+.2f}]".format(*ninety(r)),
             show_p(r["p_t"]), show_p(r["p_sign_flip"]), show_p(p[arm]) if tested else "-",
             f"{math.hypot(r['seed_error'], over_rows):.2f}", flops(pairs, "flops"),
-            flops(pairs, "flops", "teacher_flops"), flops(of_one_processor, "seconds"),
+            flops(pairs, "flops", "teacher_flops"), flops(timed, "seconds"),
             as_steps(pairs, full.get(("longer", "random"), {})) if control == "random" else "-"])
     print("\n" + grid(rows) + "\n")
     for arm, controls in CONFIRMATORY.items():
