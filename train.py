@@ -646,8 +646,9 @@ def parse_args(argv=None):
     settle(args)
     if evaluated or resume is not None:  # --resume alone means the run at --out
         run = Path(evaluated or resume or args.out).expanduser()
-        chosen = {n: v for n, v in PRESETS[preset or "laptop"].items() if n not in MAY_CHANGE}
-        args, earlier = open_earlier(run, bool(evaluated), chosen | typed, DEFAULTS, MAY_CHANGE)
+        args, earlier = open_earlier(run, bool(evaluated), typed, DEFAULTS, MAY_CHANGE)
+        if preset:
+            print(f"note: --preset {preset} changes nothing, {run} has its own flags")
     check_ranges(args, FLAGS)
     if not evaluated:
         check_flags(args, set() if earlier else set(typed))

@@ -31,7 +31,6 @@ train.py --mask-ratee 1 -> --mask-ratee; train.py x -> unrecognized arguments: x
 train.py --resume nowhere -> nowhere is not a run folder
 train.py --eval nowhere -> nowhere is not a run folder
 train.py --resume nowhere --eval nowhere; train.py --resume RUN -> nothing to resume
-train.py --eval RUN --preset laptop-long -> --checkpoint-every 5, and that cannot change
 train.py --device mps -> invalid choice: 'mps'; train.py --threads -1
 train.py --positions learned --rotary-base 10
 glue.py -> give the run folders to score; glue.py nowhere -> is not a run folder

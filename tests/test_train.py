@@ -130,8 +130,9 @@ def test_another_text_is_read_with_the_tokenizer_of_the_run(folder, teacher, mon
         call(["train.py", "--eval", teacher, *flags], monkeypatch)
         return capsys.readouterr().out
 
-    own, moved = evaluate(), evaluate("--corpus", folder / "moved.txt")
+    own, moved = evaluate(), evaluate("--preset", "gpu", "--corpus", folder / "moved.txt")
     other = evaluate("--corpus", folder / "other.txt")
+    assert f"note: --preset gpu changes nothing, {teacher} has its own flags" in moved
     loss = [float(re.search(r"held-out loss ([\d.]+)", out)[1]) for out in (own, moved, other)]
     assert loss[0] == loss[1] == pytest.approx(read_log(teacher)[-1]["val_loss"], abs=1e-4)
     assert loss[2] != loss[0] and f"{teacher} on {folder / 'other.txt'}: held-out loss" in other
