@@ -302,8 +302,7 @@ def open_runs(paths, skip):
 
 
 def random_weights(runs, cache):
-    """What a run is before its first update, without --init-from: a Model for each shape, tokenizer
-    and seed of these runs."""
+    """Fresh weights: a Model for each shape, tokenizer and seed of these runs."""
     models = {}
     for run in runs:
         key = sha256_json({"shape": asdict(run.shape), "tokenizer": run.tokenizer.sha256,

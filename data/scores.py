@@ -1,8 +1,7 @@
 """Scores of models -> tables in which arms (data/arms.py) are compared seed by seed.
 
 Two arms are paired by pretraining seed: runs of one seed share initial weights, order of the text
-and fine-tuning seeds. Random weights are an arm like every other, of what a run is before its first
-update (without --init-from).
+and fine-tuning seeds. Random weights, fresh ones of the same seed, are an arm like every other.
 
 A score is in points: 100 times a metric, or times the mean of a task's metrics.
 """

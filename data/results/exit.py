@@ -166,6 +166,10 @@ def ratios(part, arms, measure):
     return found
 
 
+def show_p(p):
+    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
+
+
 def holm(p):
     """{name: p} -> {name: p corrected for the number of tests} (Holm 1979)."""
     corrected, largest = {}, 0.0
@@ -184,8 +188,7 @@ def tests(part, arms, found):
                if (n := len(without(arms[arm], part.endpoint))) > part.limit * len(part.seeds)}
     p = holm({arm: 1.0 if arm in lacking else found[arm]["p_t"] for arm in part.tested})
     return {arm: (f"no test: {lacking[arm]} without", "-") if arm in lacking else
-            (f"{found[arm]['difference'] / found[arm]['seed_error']:.1f}; "
-             + (f"{p[arm]:.4f}" if p[arm] >= 1e-4 else "< 0.0001"),
+            (f"{found[arm]['difference'] / found[arm]['seed_error']:.1f}; {show_p(p[arm])}",
              f"{found[arm]['p_sign_flip']:.3f}") for arm in part.tested}
 
 

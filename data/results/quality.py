@@ -23,7 +23,7 @@ from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
 from data.machine import commit
 from data.results.differences import draw_differences
-from data.results.exit import holm
+from data.results.exit import holm, show_p
 from data.runs import read_config, read_log
 from data.scores import RANDOM_WEIGHTS, grid, measures, row_error
 from data.tasks import PRIMARY
@@ -259,10 +259,6 @@ def show(r):
     if r is None or r["low"] is None:
         return f"{r['difference']:+.2f}" if r else "-"
     return "{difference:+.2f} [{low:+.2f}, {high:+.2f}]".format(**r)
-
-
-def show_p(p):
-    return f"{p:.4f}" if p >= 1e-4 else "< 0.0001"
 
 
 def show_secondary(pairs, measure):
