@@ -4,6 +4,7 @@ import io
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -299,6 +300,48 @@ def test_the_table_by_hand(tmp_path, capsys):
     picture = (tmp_path / "quality.svg").read_text()
     assert "pretraining gains +10.00" in picture and "the paper&#x27;s +5 % +3.00" in picture
     assert "self - longer" in picture and "random - random weights" not in picture
+
+
+def tables(text):
+    """Markdown -> {(arm, control): {header: cell}} of all its tables that begin with these two."""
+    found, header = {}, []
+    for line in text.splitlines():
+        cells = [cell.strip(" *") for cell in line.split("|")[1:-1]]
+        if line.startswith("|---") or line.startswith("| ---"):
+            continue
+        if not cells or cells[:2] == ["arm", "control"]:
+            header = cells
+        elif header:
+            found.setdefault(tuple(cells[:2]), {}).update(zip(header[2:], cells[2:]))
+    return found
+
+
+def test_the_pages_say_what_the_script_prints(tmp_path, capsys):
+    """Of the committed runs: every number of quality.py stands in quality.md, and those of the
+    README's table are among them."""
+    results = ROOT / "data" / "results"
+    out = printed(map(json.loads, (results / "quality.jsonl").read_text().splitlines()),
+                  tmp_path, capsys)
+    known = tables(out)
+    for line in out.splitlines():
+        contrast, cells = line.split("|")[1:2], [c.strip() for c in line.split("|")[2:-1]]
+        if line.startswith("| difference"):
+            header = cells
+        elif contrast and " - " in contrast[0] and "---" not in line:
+            known[tuple(contrast[0].strip().split(" - "))].update(zip(header, cells))
+    page, readme = (path.read_text() for path in (results / "quality.md", ROOT / "README.md"))
+    assert tables(page) == known
+    rows = tables(readme)
+    assert rows.keys() == known.keys()
+    for contrast, row in rows.items():
+        assert len(row) > 3 and row.items() <= known[contrast].items()
+    words = " ".join(page.split())
+    for line in out.splitlines():
+        if not re.match(r"\||$", line) and "not shown yet" not in line and not (
+                "not of one processor" in line
+                and tuple(line.split(",")[0].split(" - ")) not in known):
+            assert " ".join(line.split()) in words
+    assert (tmp_path / "quality.svg").read_text() == (results / "quality.svg").read_text()
 
 
 def test_nothing_is_shown_below_its_number_of_pairs(tmp_path, capsys):
