@@ -23,13 +23,10 @@ from data.tasks import AVERAGED, PRIMARY, TASKS
 RANDOM_WEIGHTS = "random weights"
 # The two numbers by which arms are compared: the mean accuracy on the four large tasks, where
 # errors are small, and GLUE's average.
-ACCURACY = {task: f"{task} {'matched' if task == 'MNLI' else 'accuracy'}" for task in PRIMARY}
-ENDPOINTS = {"primary": list(ACCURACY.values()), "GLUE (8)": AVERAGED}
+ENDPOINTS = {"primary": [f"{task} {'matched' if task == 'MNLI' else 'accuracy'}"
+                         for task in PRIMARY], "GLUE (8)": AVERAGED}
 RATE_NAMES = {"lr", "embedding_lr"}  # of a recipe: random weights have their own
 MASKING_FLAGS = {"--masking", "--select", "--score-input", "--pool", "--init-frac", "--static"}
-# What pretraining must gain over random weights. A way of masking changes only a part of that: with
-# less there would be nothing to find. Two seeds say next to nothing of an error over seeds.
-PAYS = {"points": 1.5, "errors": 3, "seeds": 3}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -144,44 +141,20 @@ def row_error(pairs, tasks):
 
 
 def compare(arms, ours, theirs, what):
-    """paired() for two arms, over the seeds that have matched scores of all that `what` takes;
-    where it is an accuracy of large tasks, with the standard error over rows, and the joint one:
-    another sample of development rows would give another difference, and so would one of
-    pretraining seeds. sqrt(rows^2 + seeds^2)."""
+    """paired() for two arms, over the seeds that have matched scores of all that `what` takes; of
+    the primary endpoint with the joint error: another sample of development rows would give another
+    difference, and so would one of pretraining seeds. sqrt(rows^2 + seeds^2)."""
     pairs = {a.seed: matched(a, b) for a, b in partners(arms, ours, theirs)}
     sides = [{seed: measures([pair[i] for pair in of]) for seed, of in pairs.items()}
              for i in (0, 1)]
     result = paired(*({seed: values[what] for seed, values in side.items() if what in values}
                       for side in sides))
-    tasks = [task for task in PRIMARY if what in ("primary", ACCURACY[task])]
-    if result and tasks:
-        over_rows = row_error([pair for seed in result["seeds"] for pair in pairs[seed]], tasks)
+    if result and what == "primary":
+        over_rows = row_error([pair for seed in result["seeds"] for pair in pairs[seed]], PRIMARY)
         over_seeds = result["seed_error"]
         result |= {"row_error": over_rows, "joint_error": None if over_seeds is None
                    else math.hypot(over_rows, over_seeds)}
     return result
-
-
-def in_errors(c):
-    """A difference as a multiple of its joint error."""
-    return c["difference"] / max(c["joint_error"], 1e-9)
-
-
-def does_pretraining_pay(arms, rows, baseline):
-    """Is the baseline better than random weights by PAYS, and on no task of the four worse by more
-    than two joint errors? Only where it is can two ways of pretraining be told apart.
-    -> {"pays": True, False, or None where it cannot be said, and the numbers, or why}"""
-    both = [rows[arm] for arm in (baseline, RANDOM_WEIGHTS) if arm in rows]
-    if len(both) < 2 or not all("primary" in row["scores"] for row in both):
-        return {"pays": None, "why": f"it takes scores of {baseline} and of random weights on "
-                                     f"{', '.join(PRIMARY)}"}
-    gain, *by_task = [compare(arms, baseline, RANDOM_WEIGHTS, what)
-                      for what in ("primary", *ACCURACY.values())]
-    if gain is None or len(gain["seeds"]) < PAYS["seeds"]:
-        return {"pays": None, "why": f"it takes {PAYS['seeds']} pretraining seeds"}
-    pays = (gain["difference"] >= PAYS["points"] and in_errors(gain) >= PAYS["errors"]
-            and all(in_errors(c) >= -2 for c in by_task))
-    return {"pays": pays, "gain": gain, "tasks": dict(zip(PRIMARY, by_task))}
 
 
 # --------------------------------------------------------------------------------------------------
@@ -232,7 +205,6 @@ def make_table(models, recipe, baseline):
         "fine_tuning_seeds": {task: sorted({e["seed"] for m in models for e in m.scores
                                             if e["task"] == task}) for task in examples},
         "rows": [make_row([majority]), *rows.values()],
-        "pretraining_pays": does_pretraining_pay(arms, rows, baseline),
         "notes": notes + notes_on_rows(examples) + notes_on_runs(arms, rows),
     }
 
@@ -364,21 +336,6 @@ def show_differences(table):
     return grid(lines) if lines[1:] else ""
 
 
-def show_verdict(table):
-    """Does pretraining pay: the answer, with the numbers that decide."""
-    verdict = table["pretraining_pays"]
-    if verdict["pays"] is None:
-        return f"Does pretraining pay? Not known: {verdict['why']}."
-    gain = verdict["gain"]
-    tasks = ", ".join(f"{task} {c['difference']:+.1f} ({in_errors(c):+.1f})"
-                      for task, c in verdict["tasks"].items())
-    return (f"Does pretraining pay? {'Yes' if verdict['pays'] else 'NO'}: {table['baseline']} has "
-            f"{gain['difference']:+.2f} points against random weights on the primary endpoint, "
-            f"which is {in_errors(gain):+.1f} joint errors (rows {gain['row_error']:.2f}, seeds "
-            f"{gain['seed_error']:.2f}, joint {gain['joint_error']:.2f}). It takes "
-            f"{PAYS['points']} points, {PAYS['errors']} errors and no task below -2: {tasks}.")
-
-
 def show_tables(tables):
     """All tables as one text."""
     out = []
@@ -395,7 +352,6 @@ def show_tables(tables):
                        "decides; no p is corrected for several comparisons. FLOPs and time of "
                        "pretraining are multiples of the baseline's.")
             out.append(differences)
-        out.append(show_verdict(table))
         if table["notes"]:
             out.append("\n".join(f"- {note}" for note in table["notes"]))
     return "\n\n".join(out)
