@@ -260,25 +260,13 @@ def report(args, job, state, teacher_flops, evaluating):
                          job.text.counts if state.step == args.steps else None)
         if not math.isfinite(line["val_loss"]):
             raise NotFinite(state.step)
-        # What the strategy masks, some ten times a run; the dose, which takes a forward per token,
-        # half way and at the end.
-        every = args.eval_every or args.steps
-        tenth = every * max(1, round(args.steps / 10 / every))
-        half = every * max(1, round(args.steps / 2 / every))
-        with_dose = state.step in (half, args.steps)
-        if with_dose or due(tenth, state.step):
-            line["masked"] = describe_masks(args, job, state.step, with_dose)
+        strategy = job.strategy if after_init(args, state.step) else masking.Strategy()
+        kinds = token_kinds(job.text.tokenizer.pieces, job.text.counts)
+        with job.machine.autocast():
+            line["masked"] = diagnose(job.model, job.valid[:64], masks_per_row(args, state.step),
+                                      strategy, kinds, args.static, state.step == args.steps)
         line["peak_memory_mb"] = job.machine.peak_memory() >> 20
     return line
-
-
-def describe_masks(args, job, step, with_dose):
-    """What is masked at this step, on held-out text: see diagnose()."""
-    strategy = job.strategy if after_init(args, step) else masking.Strategy()
-    kinds = token_kinds(job.text.tokenizer.pieces, job.text.counts)
-    with job.machine.autocast():
-        return diagnose(job.model, job.valid[:64], masks_per_row(args, step), strategy, kinds,
-                        job.means, args.static, with_dose)
 
 
 def load_other(args, flag, text):

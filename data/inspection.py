@@ -20,7 +20,6 @@ import torch
 import masking
 from data.files import UserError, run_script, write_atomic
 from data.flags import flag_parser
-from data.metrics import spearman
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
 from masking import SELECT, Strategy, draw, entropy, mask_count, masked, uncertainty, unmasked
 from model import load
@@ -51,7 +50,7 @@ def token_kinds(pieces, counts):
     }
 
 
-def diagnose(model, tokens, k, strategy, kinds, means=None, static=False, with_dose=False):
+def diagnose(model, tokens, k, strategy, kinds, static=False, with_dose=False):
     """Compare what a strategy masks in tokens (B, T) with all tokens: a dict for the log.
 
     The noise is the same at every step and in every run. Leaves eval mode on. Pairs are [chosen, at
@@ -64,7 +63,6 @@ def diagnose(model, tokens, k, strategy, kinds, means=None, static=False, with_d
     rate               masked share of the maskable tokens
     neighbour          share of the chosen whose right neighbour is chosen, too
     dose               see dose(), of the first blocks; only where asked for: it takes many forwards
-    rank_correlation   Spearman of the `means` scores, a VocabularyMean, with fresh masked entropies
     """
     noise = [draw(DIAGNOSIS_SEED, i, *tokens.shape).to(tokens.device) for i in range(3)]
     if static:  # then another step has the same numbers for places
@@ -91,11 +89,6 @@ def diagnose(model, tokens, k, strategy, kinds, means=None, static=False, with_d
     report = {"rate": rate.item(), **pairs, "neighbour": neighbour(chosen)}
     if with_dose:
         report["dose"] = dose(model, tokens[:DOSE_BLOCKS], chosen[:DOSE_BLOCKS])
-    if means:
-        c = min(2 * k, maskable.sum(1).min().item())
-        places = Strategy()(tokens, c, noise[2])
-        fresh = masked(model, tokens, places)
-        report["rank_correlation"] = spearman(means(model, tokens, places), fresh)
     return report
 
 

@@ -14,7 +14,6 @@ from data.inspection import (
 )
 from data.results.dose import own_strategy, print_doses, report_doses, rules_of
 from data.tokenizer import CLS, MASK, N_SPECIAL, SEP
-from data.vocabulary import VocabularyMean
 from masking import Strategy
 from model import Bert, Shape, forward_flops, load
 from tests.helpers import T, V, call, command, refused, rows_of, save_run, small_model
@@ -54,7 +53,7 @@ def test_the_diagnosis_of_a_known_strategy():
 
     strategy = Strategy(reads=lambda model, tokens, places: H.gather(1, places))
     found = diagnose(model, tokens, k, strategy, kinds)
-    assert not model.training and "dose" not in found and "rank_correlation" not in found
+    assert not model.training and "dose" not in found
     share = (tokens[ordinary] % 3 == 0).float().mean().item()
     assert found["number"] == pytest.approx([1.0, share])
     share = (tokens[ordinary] % 3 == 2).float().mean().item()
@@ -98,20 +97,6 @@ def test_the_dose_is_that_of_a_loop():
     kinds = token_kinds(["▁a"] * V, np.ones(V))
     found = diagnose(model, tokens, 3, lambda *asked: positions, kinds, with_dose=True)
     assert found["dose"] == pytest.approx(np.mean(amounts), abs=1e-4)
-
-
-def test_the_rank_correlation_of_a_free_score():
-    """One that knows nothing has none; one that knows the entropies of a lone token has a high one.
-    """
-    model, tokens = small_model(init_std=0.3), rows_of(8, separators=1)
-    kinds = token_kinds(["▁a"] * V, np.ones(V))
-    means = VocabularyMean(None, 1.0, V)
-    strategy = Strategy(None, means, M.high, 2)
-    assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] == 0
-    means.mean[:] = 0
-    for row, H in zip(tokens, exact_entropy(model, tokens)):
-        means.mean[row] = torch.where(row >= N_SPECIAL, H, means.mean[row])
-    assert diagnose(model, tokens, 5, strategy, kinds, means)["rank_correlation"] > 0.2
 
 
 # ---- the doses of all rules
