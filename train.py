@@ -381,12 +381,7 @@ def main():
     machine = Machine(args)
     print(f"machine: {WORLD} x {machine.about}")
     other = only_evaluate and args.corpus != earlier["flags"]["corpus"]
-    tokenizer = None  # None: learned from --corpus, or that of the text of an earlier run
-    if other:
-        tokenizer = Path(args.out) / "tokenizer.model"
-    elif args.init_from and not earlier:
-        tokenizer = Path(args.init_from) / "tokenizer.model"
-    text = corpus.load_text(args, earlier, machine, tokenizer)
+    text = corpus.load_text(args, earlier, machine, other)
     valid = corpus.with_ends(text.valid[:args.eval_blocks]).to(machine.device)  # (N, T)
     training = "" if only_evaluate else f"{len(text.train)} blocks to train on, "
     print(f"corpus: {text.about}; {training}{len(valid)} of {len(text.valid)} blocks of "

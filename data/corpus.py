@@ -230,21 +230,22 @@ def load(folder, seq_len, max_tokens=0, whole=False):
         unigram_entropy=unigram_entropy(valid_counts))
 
 
-def load_text(args, earlier, machine, tokenizer=None):
+def load_text(args, earlier, machine, other=False):
     """Load the tokens: of an `earlier` run (its config) those that it began with, found in the
-    cache by their hash, whatever was upgraded, moved or deleted since; else those of --corpus.
-
-    tokenizer: a tokenizer.model to encode --corpus with, whatever an earlier run has read.
+    cache by their hash, whatever was upgraded, moved or deleted since; else, or if it is to read an
+    `other` text, those of --corpus.
     """
-    def find():  # a text that must be prepared anew is encoded as an earlier run has read it
-        given = tokenizer or earlier and Path(args.out) / "tokenizer.model"
-        return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, given)
+    origin = args.out if earlier else args.init_from  # the run whose tokenizer encodes the text
 
-    if not earlier or tokenizer:
+    def find():
+        tokenizer = origin and Path(origin) / "tokenizer.model"
+        return prepare(args.corpus, args.vocab_size, args.cache, machine.threads, tokenizer)
+
+    if not earlier or other:
         folder = machine.in_turn(find)
         found = sha256_json(read_json(folder / "meta.json")["sha256"])
-        other = earlier and found != earlier["corpus_sha256"]
-        return load(folder, args.seq_len, args.corpus_tokens, whole=other)
+        unread = earlier and found != earlier["corpus_sha256"]
+        return load(folder, args.seq_len, args.corpus_tokens, whole=unread)
     moved = (f"the text that {args.out} began with is not in {args.cache}: if it has moved, say "
              "where with --corpus")
     found = find_prepared(args.cache, earlier["corpus_sha256"])
