@@ -554,14 +554,18 @@ def check_flags(args, given):
     a new run. An earlier one has its own flags, but its --teacher or --init-from may have moved."""
     asking, distilling = args.masking != "random", args.distill != "off"
     share, rest = divmod(args.batch_size, WORLD)
-    candidates = masking.mask_count(max(args.mask_rate, args.mask_rate_end), args.seq_len)
-    candidates *= max(1, args.pool) if asking else 1
+    fewest, most = (masking.mask_count(rate, args.seq_len)
+                    for rate in sorted((args.mask_rate, args.mask_rate_end)))
+    candidates = most * (max(1, args.pool) if asking else 1)
     for wrong, message in (
         (args.width % 64, f"--width {args.width}: must be a multiple of 64, the width of a head"),
         (not asking and (given & {"score_input", "pool"} or args.select not in ("high", "sample")),
          "--score-input, --pool and --select need somebody to ask: --masking self or entropy"),
         (not asking and args.init_frac and args.distill != "after-init",
          "--init-frac with --masking random means something only with --distill after-init"),
+        (asking and args.select == "mix" and fewest == 1, "--select mix takes half of a row's "
+         "masked tokens by their score, and a row has one: give a larger --mask-rate, or --select "
+         "high"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
         (asking and not args.pool and args.score_input in ("masked", "context"), "--pool 0 with "
          f"--score-input {args.score_input} would hide whole rows: give --pool 2, or --score-input "
@@ -620,7 +624,8 @@ def parse_args(argv=None):
     parser.add_argument("--resume", nargs="?", const="", metavar="RUN",
                         help="continue this unfinished run (default: --out) with its own flags")
     parser.add_argument("--eval", metavar="RUN", help="only evaluate this finished run; with "
-                        "--corpus OTHER: on that text, with the tokenizer of the run")
+                        "--corpus OTHER: on that text (what of it the run was trained on, too, is "
+                        "not left out)")
     typed = vars(parser.parse_args(argv))
     preset, resume, evaluated = (typed.pop(name, None) for name in ("preset", "resume", "eval"))
     if evaluated == "" or (evaluated is not None and resume is not None):

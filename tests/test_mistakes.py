@@ -9,7 +9,8 @@ WRONG = """
 train.py --batch-size 0 -> --batch-size 0: must be above 0
 train.py --batch-size x -> invalid int value: 'x'
 train.py --batch-size 999999999 -> less than a batch
-train.py --mask-rate 1.5; train.py --mask-rate nan; train.py --mask-rate 0.5; train.py --mask-rate 0
+train.py --mask-rate 1.5; train.py --mask-rate nan; train.py --mask-rate 0.5
+train.py --mask-rate 0; train.py --mask-rate 0.01
 train.py --mask-rate-end 2; train.py --pool 9; train.py --pool 1; train.py --pool -1
 train.py --score-input masked --pool 0; train.py --seq-len 4; train.py --steps 1e3
 train.py --seed -1; train.py --seed 99999999999999999999; train.py --lr inf; train.py --dropout 1
