@@ -212,9 +212,13 @@ def over_rows(function, rows):
 
 
 def predict(model, rows, machine):
-    """The outputs (N, classes or 1) of a Classifier for these rows, on the CPU."""
+    """The outputs (N, classes or 1) of a Classifier for these rows, on the CPU. FloatingPointError
+    where one is not finite: the last update may have broken what no loss has seen."""
     model.eval()
-    return over_rows(lambda part: model(vectors(model, part, machine)), rows).cpu()
+    outputs = over_rows(lambda part: model(vectors(model, part, machine)), rows).cpu()
+    if not outputs.isfinite().all():
+        raise FloatingPointError("an output is not finite")
+    return outputs
 
 
 def fine_tune(model, rows, labels, recipe, seed, machine):
@@ -372,9 +376,9 @@ def score(job, args, machine):
     try:
         fit = fit_head if args.freeze else fine_tune
         fit(classifier, job.rows[0], job.data[0].labels, Namespace(**recipe), number, machine)
+        outputs = [predict(classifier, dev, machine) for dev in job.rows[1:]]
     except FloatingPointError as error:
         raise FloatingPointError(f"{job.model.name}, {job.task}, seed {job.seed}: {error}")
-    outputs = [predict(classifier, dev, machine) for dev in job.rows[1:]]
     return {"task": job.task, "seed": job.seed, "recipe": recipe, "model": job.model.sha256,
             **measured(TASKS[job.task], outputs, job.data),
             "seconds": round(time.perf_counter() - began, 1), **machine.record()}

@@ -330,6 +330,11 @@ def test_a_loss_that_is_not_finite_ends_the_job_and_keeps_the_scores(folder, mon
     error = capsys.readouterr().err
     assert stop.value.code == 1 and "error: self-0, RTE, seed 0: the loss is not finite" in error
     assert "finished scores are kept" in error and len(scores(folder / "self-0")) == 1
+    with pytest.raises(SystemExit) as stop:  # the only update breaks the weights, after its loss
+        call(command(folder, "--tasks", "RTE", "--lr", "1e20", "--epochs", "1", "--max-train", "16",
+                     runs=["self-0"]), monkeypatch)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "RTE, seed 0: an output is not finite" in error
 
 
 def test_updates_are_those_of_torch():
