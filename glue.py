@@ -1,4 +1,4 @@
-"""Fine-tune finished runs on GLUE and compare them: flags, classifier, updates, runs, jobs.
+"""Fine-tune finished runs on GLUE and compare them: classifier, updates, runs, jobs, flags.
 
     python glue.py runs/random-0 runs/self-0                # all tasks; data downloaded once
     python glue.py runs/random-* runs/self-* --seeds 2      # arms, paired by pretraining seed
@@ -42,107 +42,9 @@ from model import Bert, copy_token_type, load, read_model
 from train import learning_rate, make_optimizer
 
 # --------------------------------------------------------------------------------------------------
-# flags: name, default (None or 0: follows from others), what is allowed, help
-
-FLAGS = {
-    "What": [
-        ("tasks", ",".join(TASKS), None, "a list with commas"),
-        ("seeds", 1, "above 0", "fine-tuning seeds for every run and task"),
-        ("glue-dir", "", "path", "GLUE in the official layout, DIR/CoLA/train.tsv (default: "
-         "downloaded)"),
-        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
-         "where downloads and the scores of random weights are kept"),
-    ],
-    "Recipe": [  # one for every arm and task; data/results/recipe.md says how it was chosen
-        ("epochs", 0, "0 or more", "passes over the training rows; 0: 3, with --freeze 10"),
-        ("batch-size", 16, "above 0", "rows in an update"),
-        ("lr", None, "above 0", "peak learning rate of runs (default: see RATES in glue.py)"),
-        ("embedding-lr", None, "above 0", "that of the token embeddings (default: see RATES)"),
-        ("warmup-frac", 0.1, "from 0 to below 1", "share of the updates over which the rate "
-         "rises; then it falls to 0"),
-        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings; biases and LayerNorm "
-         "have none"),
-        ("dropout", 0.0, "from 0 to below 1", "in the encoder and on the sentence vector, "
-         "whatever pretraining had"),
-        ("clip", 1.0, "above 0", "largest norm of the gradient"),
-        ("max-len", 128, "from 16 to 65536", "tokens in a row, and no more than the model reads; "
-         "of a pair the longer is cut"),
-        ("max-train", 20_000, "0 or more", "only so many training rows a task, always the same; "
-         "0: all"),
-        ("pool-output", "pair", ("pair", "mean", "cls"), "sentence vector: the mean over the "
-         "tokens of each sentence and their difference; mean, over all tokens; cls, that of [CLS]"),
-        ("freeze", False, None, "keep the encoder as it is and train the last layer alone"),
-    ],
-    "Machine": MACHINE_FLAGS + JOB_FLAGS,
-    "Table": [
-        ("baseline", "random", None, "the arm that others are compared with: the name of its run "
-         "folders without -SEED"),
-        ("table", False, None, "only print what is already scored, a table for each recipe; the "
-         "flags that are given choose recipes, tasks, seeds (else all), device and dtype"),
-        ("json", False, None, "print the tables for a program"),
-        ("jsonl", "", None, "print every score instead, a line of JSON with all that is kept of "
-         "it, under this name of a study: so it is added to a file of data/results"),
-    ],
-}
-RECIPE_NAMES = list(defaults({"": FLAGS["Recipe"]}))
-# (random weights?, width >= 256?) -> learning rate, that of the token embeddings. The embeddings of
-# a trained model are several times larger than random ones, and a wide model needs lower rates.
-# All four were chosen on development rows of SST-2, QNLI, MNLI and QQP: those of runs on the random
-# arm, those of random weights as the best that was tried for them, so that a rate that suits only
-# trained weights does not look like a gain of pretraining. data/results/recipe.md has the numbers.
-RATES = {
-    (False, False): (1e-3, 1e-3),
-    (False, True): (6e-4, 6e-5),
-    (True, False): (5e-4, 5e-4),
-    (True, True): (1.5e-4, 1.5e-4),
-}
-FROZEN_RATE = 3e-3  # of the last layer alone, whatever the weights below it; no other was tried
-EVAL_TOKENS = 8192  # in a batch without gradients: large, and within a CPU's caches
-
-
-def parse_args(argv=None):
-    """The command line -> (the flags; the names of those that were given)."""
-    parser = flag_parser("python glue.py RUN [RUN ...] [FLAGS]", __doc__, FLAGS)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders of train.py")
-    typed = vars(parser.parse_args(argv))
-    args = Namespace(**{**defaults(FLAGS), "runs": [], **typed})
-    check_ranges(args, FLAGS)
-    args.epochs = args.epochs or (10 if args.freeze else 3)
-    names = {name.lower(): name for name in TASKS}
-    asked = [task.strip() for task in args.tasks.split(",")]
-    if unknown := [task for task in asked if task.lower() not in names]:
-        raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
-                        f"are {','.join(TASKS)}")
-    args.tasks = [task for task in TASKS if task in {names[name.lower()] for name in asked}]
-    if args.freeze and args.embedding_lr:
-        raise UserError("--freeze trains the last layer alone: leave out --embedding-lr")
-    if args.json and args.jsonl:
-        raise UserError("give --json or --jsonl, not both")
-    if not args.runs:
-        raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
-    args.runs = list(dict.fromkeys(os.path.normpath(os.path.expanduser(run)) for run in args.runs))
-    return args, set(typed)
-
-
-def recipe_of(model, args):
-    """The recipe for this model, as it is kept with its scores. --lr and --embedding-lr are for
-    runs: random weights keep their own rates. With --freeze there is one rate for both. No row is
-    longer than the model reads."""
-    usual, embeddings = RATES[model.pretraining is None, model.shape.width >= 256]
-    lr = args.lr if args.lr and model.pretraining else usual
-    # The ratio of the two stays. Rounded: a tenth of 6e-4 is to be shown as 6e-05.
-    embedding_lr = float(f"{lr * embeddings / usual:.12g}")
-    if args.embedding_lr and model.pretraining:
-        embedding_lr = args.embedding_lr
-    if args.freeze:
-        lr = embedding_lr = args.lr or FROZEN_RATE
-    return {name: getattr(args, name) for name in RECIPE_NAMES} | {
-        "lr": lr, "embedding_lr": embedding_lr,
-        "max_len": min(args.max_len, model.shape.seq_len)}
-
-
-# --------------------------------------------------------------------------------------------------
 # the model
+
+EVAL_TOKENS = 8192  # in a batch without gradients: large, and within a CPU's caches
 
 
 def collate(rows, device):
@@ -349,11 +251,11 @@ def seed_of(job):
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-def scores_of(model, args, names=RECIPE_NAMES, **more):
-    """The scores of a model on the tasks and seeds of `args` whose recipe has, in these names, what
-    `args` says, and whose entries have these further values."""
+def scores_of(model, args, names=None, **more):
+    """The scores of a model on the tasks and seeds of `args` whose recipe has, in these names
+    (None: in all), what `args` says, and whose entries have these further values."""
     recipe = recipe_of(model, args)
-    recipe = {name: recipe[name] for name in names}
+    recipe = {name: recipe[name] for name in (RECIPE_NAMES if names is None else names)}
     return [e for e in read_scores(model.folder, model.sha256)
             if e["task"] in args.tasks and e["seed"] < args.seeds
             and recipe.items() <= e["recipe"].items() and more.items() <= e.items()]
@@ -453,6 +355,105 @@ def main():
                 print(json.dumps({"study": args.jsonl, "run": model.name, **entry}))
     else:
         print(json.dumps(tables, indent=1) if args.json else show_tables(tables))
+
+
+# --------------------------------------------------------------------------------------------------
+# flags: name, default (None or 0: follows from others), what is allowed, help
+
+FLAGS = {
+    "What": [
+        ("tasks", ",".join(TASKS), None, "a list with commas"),
+        ("seeds", 1, "above 0", "fine-tuning seeds for every run and task"),
+        ("glue-dir", "", "path", "GLUE in the official layout, DIR/CoLA/train.tsv (default: "
+         "downloaded)"),
+        ("cache", os.path.relpath(Path(__file__).parent / "data" / "cache"), "path",
+         "where downloads and the scores of random weights are kept"),
+    ],
+    "Recipe": [  # one for every arm and task; data/results/recipe.md says how it was chosen
+        ("epochs", 0, "0 or more", "passes over the training rows; 0: 3, with --freeze 10"),
+        ("batch-size", 16, "above 0", "rows in an update"),
+        ("lr", None, "above 0", "peak learning rate of runs (default: see RATES in glue.py)"),
+        ("embedding-lr", None, "above 0", "that of the token embeddings (default: see RATES)"),
+        ("warmup-frac", 0.1, "from 0 to below 1", "share of the updates over which the rate "
+         "rises; then it falls to 0"),
+        ("weight-decay", 0.01, "0 or more", "of matrices and embeddings; biases and LayerNorm "
+         "have none"),
+        ("dropout", 0.0, "from 0 to below 1", "in the encoder and on the sentence vector, "
+         "whatever pretraining had"),
+        ("clip", 1.0, "above 0", "largest norm of the gradient"),
+        ("max-len", 128, "from 16 to 65536", "tokens in a row, and no more than the model reads; "
+         "of a pair the longer is cut"),
+        ("max-train", 20_000, "0 or more", "only so many training rows a task, always the same; "
+         "0: all"),
+        ("pool-output", "pair", ("pair", "mean", "cls"), "sentence vector: the mean over the "
+         "tokens of each sentence and their difference; mean, over all tokens; cls, that of [CLS]"),
+        ("freeze", False, None, "keep the encoder as it is and train the last layer alone"),
+    ],
+    "Machine": MACHINE_FLAGS + JOB_FLAGS,
+    "Table": [
+        ("baseline", "random", None, "the arm that others are compared with: the name of its run "
+         "folders without -SEED"),
+        ("table", False, None, "only print what is already scored, a table for each recipe; the "
+         "flags that are given choose recipes, tasks, seeds (else all), device and dtype"),
+        ("json", False, None, "print the tables for a program"),
+        ("jsonl", "", None, "print every score instead, a line of JSON with all that is kept of "
+         "it, under this name of a study: so it is added to a file of data/results"),
+    ],
+}
+RECIPE_NAMES = list(defaults({"": FLAGS["Recipe"]}))
+# (random weights?, width >= 256?) -> learning rate, that of the token embeddings. The embeddings of
+# a trained model are several times larger than random ones, and a wide model needs lower rates.
+# All four were chosen on development rows of SST-2, QNLI, MNLI and QQP: those of runs on the random
+# arm, those of random weights as the best that was tried for them, so that a rate that suits only
+# trained weights does not look like a gain of pretraining. data/results/recipe.md has the numbers.
+RATES = {
+    (False, False): (1e-3, 1e-3),
+    (False, True): (6e-4, 6e-5),
+    (True, False): (5e-4, 5e-4),
+    (True, True): (1.5e-4, 1.5e-4),
+}
+FROZEN_RATE = 3e-3  # of the last layer alone, whatever the weights below it; no other was tried
+
+
+def parse_args(argv=None):
+    """The command line -> (the flags; the names of those that were given)."""
+    parser = flag_parser("python glue.py RUN [RUN ...] [FLAGS]", __doc__, FLAGS)
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="finished run folders of train.py")
+    typed = vars(parser.parse_args(argv))
+    args = Namespace(**{**defaults(FLAGS), "runs": [], **typed})
+    check_ranges(args, FLAGS)
+    args.epochs = args.epochs or (10 if args.freeze else 3)
+    names = {name.lower(): name for name in TASKS}
+    asked = [task.strip() for task in args.tasks.split(",")]
+    if unknown := [task for task in asked if task.lower() not in names]:
+        raise UserError(f"--tasks: there is no task {unknown[0] or 'without a name'}; the tasks "
+                        f"are {','.join(TASKS)}")
+    args.tasks = [task for task in TASKS if task in {names[name.lower()] for name in asked}]
+    if args.freeze and args.embedding_lr:
+        raise UserError("--freeze trains the last layer alone: leave out --embedding-lr")
+    if args.json and args.jsonl:
+        raise UserError("give --json or --jsonl, not both")
+    if not args.runs:
+        raise UserError("give the run folders to score:  python glue.py runs/random-0 runs/self-0")
+    args.runs = list(dict.fromkeys(os.path.normpath(os.path.expanduser(run)) for run in args.runs))
+    return args, set(typed)
+
+
+def recipe_of(model, args):
+    """The recipe for this model, as it is kept with its scores. --lr and --embedding-lr are for
+    runs: random weights keep their own rates. With --freeze there is one rate for both. No row is
+    longer than the model reads."""
+    usual, embeddings = RATES[model.pretraining is None, model.shape.width >= 256]
+    lr = args.lr if args.lr and model.pretraining else usual
+    # The ratio of the two stays. Rounded: a tenth of 6e-4 is to be shown as 6e-05.
+    embedding_lr = float(f"{lr * embeddings / usual:.12g}")
+    if args.embedding_lr and model.pretraining:
+        embedding_lr = args.embedding_lr
+    if args.freeze:
+        lr = embedding_lr = args.lr or FROZEN_RATE
+    return {name: getattr(args, name) for name in RECIPE_NAMES} | {
+        "lr": lr, "embedding_lr": embedding_lr,
+        "max_len": min(args.max_len, model.shape.seq_len)}
 
 
 if __name__ == "__main__":
