@@ -35,8 +35,8 @@ from data.flags import check_ranges, defaults, flag_parser
 from data.inspection import diagnose, token_kinds
 from data.machine import MACHINE_FLAGS, RANK, WORLD, Machine
 from data.runs import (
-    NotFinite, Run, State, about_context, check_new, less_memory, open_earlier, read_config,
-    read_log, resume_command,
+    Run, State, about_context, check_new, less_memory, open_earlier, read_config, read_log,
+    resume_command,
 )
 from data.tokenizer import N_SPECIAL
 from data.vocabulary import VocabularyMean
@@ -259,7 +259,7 @@ def report(args, job, state, teacher_flops, evaluating):
         line |= evaluate(job.model, job.valid, job.machine,
                          job.text.counts if state.step == args.steps else None)
         if not math.isfinite(line["val_loss"]):
-            raise NotFinite(state.step)
+            raise FloatingPointError(state.step)
         strategy = job.strategy if after_init(args, state.step) else masking.Strategy()
         kinds = token_kinds(job.text.tokenizer.pieces, job.text.counts)
         with job.machine.autocast():
@@ -403,7 +403,7 @@ def main():
         print(f"{args.out}: going on after step {state.step}")
     try:
         signal_number = train(args, job, run, state)
-    except NotFinite as error:
+    except FloatingPointError as error:
         print(f"error: the loss or its gradient is not finite at step {error}; the last checkpoint "
               "is intact, but a lower --lr is needed", file=sys.stderr)
         sys.exit(1)

@@ -124,10 +124,6 @@ def model_sha256(run):
 # a run that is being trained
 
 
-class NotFinite(Exception):
-    """The loss or its gradient at this step is not a number."""
-
-
 @dataclass
 class State:
     """What a checkpoint holds beside weights and optimiser. Nothing else survives a kill."""
@@ -142,13 +138,14 @@ class State:
 
     def average_pending(self, machine):
         """Average the (loss, norm) of each update since the last log line over the processes.
-        NotFinite, with the first bad step, where one is not a number."""
+        FloatingPointError, with the first bad step, where one is not a number."""
         if self.pending:
             values = machine.sum(torch.stack(self.pending)) / WORLD  # (n, 2)
             self.pending = list(values)
             finite = values.isfinite().all(1)
             if not finite.all():
-                raise NotFinite(self.step - len(values) + 1 + finite.int().argmin().item())
+                bad = finite.int().argmin().item()
+                raise FloatingPointError(self.step - len(values) + 1 + bad)
 
     def stop_clock(self, batch_tokens):
         """What a log line says of the time since the last one, and of all time."""
