@@ -42,7 +42,7 @@ MAX_SEQ_LEN = 1 << 16  # of a file from outside: no weight shows how long rotary
 
 @dataclass(frozen=True)
 class Shape:
-    """All that decides the model's tensors and their initial values. Saved with the weights."""
+    """The sizes of a model, how its weights begin, and its dropout. Saved with the weights."""
 
     vocab_size: int
     layers: int = 2
@@ -293,14 +293,9 @@ def load(run):
 
 
 @torch.inference_mode()
-def fill_mask(model, tokenizer, text, best=5):
-    """Guess every [MASK] in `text` -> a list, per mask, of the `best` (piece, probability).
-
-    A list of texts gives a list of such lists. UserError where a text has no [MASK] or is longer
-    than the model reads.
-    """
-    if not isinstance(text, str):
-        return [fill_mask(model, tokenizer, one, best) for one in text]
+def fill_mask(model, tokenizer, text):
+    """Guess every [MASK] in `text` -> a list, per mask, of the five best (piece, probability).
+    UserError where it has no [MASK] or is longer than the model reads."""
     ids = [CLS, *tokenizer.encode_with_masks(text), SEP]
     if len(ids) > model.shape.seq_len:
         raise UserError(f"the text has {len(ids)} tokens: this model reads {model.shape.seq_len}")
@@ -308,7 +303,7 @@ def fill_mask(model, tokenizer, text, best=5):
     if not positions:
         raise UserError('there is no [MASK] in the text, for example "The [MASK] is open."')
     logits = model(torch.tensor([ids]), torch.tensor([positions]))[0]  # (masks, V)
-    top = logits.float().softmax(-1).topk(best)
+    top = logits.float().softmax(-1).topk(5)
     return [[(tokenizer.pieces[i], p) for i, p in zip(row_ids, row_p)]
             for row_ids, row_p in zip(top.indices.tolist(), top.values.tolist())]
 
