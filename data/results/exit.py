@@ -11,7 +11,6 @@ import fcntl
 import json
 import math
 import statistics
-import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -35,15 +34,14 @@ WHERE = ("machine", "dtype", "torch")  # in these, two runs that are compared mu
 
 def keep(run, path):
     """Add the losses and context gains of a finished run to a .jsonl file, as one line."""
-    config, flags = read_config(run), read_config(run)["flags"]
+    config = read_config(run)
+    flags, start = config["flags"], config["starts"][0]
     entry = {"run": run.name, "arm": run.name.rpartition("-")[0], "seed": flags["seed"],
              "steps": flags["steps"], "corpus_tokens": flags["corpus_tokens"],
              "batch_tokens": flags["batch_size"] * flags["seq_len"],
              "unigram_entropy": round(config["unigram_entropy"], 4), "flops": config["flops"],
              "teacher_flops": config["teacher_flops"],
-             **{name: config["starts"][0][name] for name in (*WHERE, "date")}}
-    entry["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=HERE, text=True,
-                                     capture_output=True).stdout.strip()
+             **{name: start[name] for name in (*WHERE, "date")}, "commit": start["commit"][:7]}
     lines = [line for line in read_log(run) if "val_loss" in line]
     entry["finished"] = (run / "model.pt").exists()  # or it diverged
     entry["loss"] = [[line["step"], round(line["val_loss"], 3)] for line in lines]
