@@ -9,7 +9,7 @@ row that score highest:
     Strategy(teacher, masked, SELECT["mix"], 2)    entropy masking: a reference model is asked
     Strategy(model, masked, SELECT["mix"], 2)      self-masking: the model in training is asked
 
-*Where* to mask (a Strategy) and *what* to put there (`corrupt`) are two things. Both are pure: the
+*Where* to mask (a Strategy) and *what* to put there (`corrupt`) are two things. Neither draws: the
 random numbers come in as an argument, drawn by `draw` from (seed, step, row) alone.
 
 Method: Srinivasagan, Hartung, Georges, "Entropy-aware Masking for Masked Language Modeling",

@@ -20,8 +20,8 @@ from data.files import UserError, lock_folder, on_signals
 
 RETRY = 1.0  # seconds until a folder that was in use is tried again
 JOB_FLAGS = [
-    ("jobs", 0, "0 or more", "fine-tunings at a time; from 2 on, each is a process with one "
-     "thread; 0: as many as --threads and memory allow; beside a GPU, or not on Linux, always 1"),
+    ("jobs", 0, "0 or more", "fine-tunings at a time; 0: as many as --threads and memory "
+     "allow; but for 1, each has one thread; beside a GPU, or not on Linux, always 1"),
 ]
 
 

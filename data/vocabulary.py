@@ -1,7 +1,8 @@
-"""Running means of vocabulary items: what training's own predictions say of each, for no forward.
+"""Running means of vocabulary items. Not from the paper.
 
-A strategy can read them instead of a text (--score-input vocabulary, error), or read how far a
-score is above the mean of its item (context). Not from the paper.
+A strategy can read them instead of a text: training's own predictions make them, and no forward is
+needed (--score-input vocabulary, error). Or it reads how far a score is above the mean of its item
+(context): that takes the forward of the score.
 """
 
 import torch
