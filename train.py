@@ -563,9 +563,9 @@ def check_flags(args, given):
          "--score-input, --pool and --select need somebody to ask: --masking self or entropy"),
         (not asking and args.init_frac and args.distill != "after-init",
          "--init-frac with --masking random means something only with --distill after-init"),
-        (asking and args.select == "mix" and fewest == 1, "--select mix takes half of a row's "
-         "masked tokens by their score, and a row has one: give a larger --mask-rate, or --select "
-         "high"),
+        (asking and args.select == "mix" and fewest == 1 and given, "--select mix takes half of a "
+         "row's masked tokens by their score, and a row would have one: give a larger --mask-rate, "
+         "or --select high"),
         (args.pool == 1, "--pool 1 leaves nothing to choose: give 2 or more, or 0"),
         (asking and not args.pool and args.score_input in ("masked", "context"), "--pool 0 with "
          f"--score-input {args.score_input} would hide whole rows: give --pool 2, or --score-input "

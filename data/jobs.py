@@ -21,7 +21,7 @@ from data.files import UserError, lock_folder, on_signals
 RETRY = 1.0  # seconds until a folder that was in use is tried again
 JOB_FLAGS = [
     ("jobs", 0, "0 or more", "fine-tunings at a time; 0: as many as --threads and memory "
-     "allow; but for 1, each has one thread; beside a GPU, or not on Linux, always 1"),
+     "allow; unless it is 1, each has one thread; beside a GPU, or not on Linux, always 1"),
 ]
 
 

@@ -162,6 +162,7 @@ def test_a_run_leaves_what_the_readme_says(teacher):
     assert {"train_loss", "grad_norm", "lr", "tokens_per_s", "val_loss", "val_accuracy", "masked",
             "peak_memory_mb"} <= set(log[-1])
     assert ["loss_by_frequency" in line for line in log] == [False] * 6 + [True]
+    assert ["dose" in line.get("masked", {}) for line in log] == [False] * 6 + [True]
     assert log[-1]["masked"]["rate"] == pytest.approx(5 / 32, rel=0.1)
     saved = load_tensors(teacher / "checkpoint.pt")
     decayed, plain = saved["optimizer"]["param_groups"]

@@ -41,7 +41,8 @@ def keep(run, path):
              "batch_tokens": flags["batch_size"] * flags["seq_len"],
              "unigram_entropy": round(config["unigram_entropy"], 4), "flops": config["flops"],
              "teacher_flops": config["teacher_flops"],
-             **{name: start[name] for name in (*WHERE, "date")}, "commit": start["commit"][:7]}
+             **{name: start[name] for name in (*WHERE, "date")}, "commit": start["commit"][:7]
+             + "-dirty" * start["commit"].endswith("-dirty")}
     lines = [line for line in read_log(run) if "val_loss" in line]
     entry["finished"] = (run / "model.pt").exists()  # or it diverged
     entry["loss"] = [[line["step"], round(line["val_loss"], 3)] for line in lines]

@@ -8,6 +8,7 @@
 # an interrupted one is resumed. JOBS runs at once, each with one thread (default 2).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
+[ "${1:-}" = learned ] || { echo "bash data/results/exit.sh learned" >&2; exit 2; }
 : "${CORPUS:?give the text:  CORPUS=FILE bash data/results/exit.sh learned}"
 export CORPUS RUNS=${RUNS:-runs/exit} PYTHON=${PYTHON:-python} OMP_NUM_THREADS=1 PYTHONUNBUFFERED=1
 mkdir -p "$RUNS"
