@@ -294,8 +294,11 @@ def load(run):
 
 @torch.inference_mode()
 def fill_mask(model, tokenizer, text):
-    """Guess every [MASK] in `text` -> a list, per mask, of the five best (piece, probability).
-    UserError where it has no [MASK] or is longer than the model reads."""
+    """Guess every [MASK] in `text` -> a list, per mask, of the five best (piece, probability). A
+    list of texts gives a list of these. UserError where a text has no [MASK] or is longer than the
+    model reads."""
+    if not isinstance(text, str):
+        return [fill_mask(model, tokenizer, one) for one in text]
     ids = [CLS, *tokenizer.encode_with_masks(text), SEP]
     if len(ids) > model.shape.seq_len:
         raise UserError(f"the text has {len(ids)} tokens: this model reads {model.shape.seq_len}")

@@ -57,7 +57,8 @@ def test_fill_prints_five_guesses_a_mask(runs, monkeypatch, capsys):
     where = (ids[0] == MASK).nonzero().flatten()
     with torch.inference_mode():
         best = model(ids)[0, where].softmax(-1).topk(5)
-    guesses = model_script.fill_mask(model, tokenizer, "The [MASK] reads the [MASK].")
+    _, guesses = model_script.fill_mask(model, tokenizer, [  # a list of texts, as of a text
+        "a [MASK]", "The [MASK] reads the [MASK]."])
     assert [[piece for piece, _ in row] for row in guesses] == [
         [tokenizer.pieces[i] for i in row] for row in best.indices.tolist()]
     assert [[p for _, p in row] for row in guesses] == [
